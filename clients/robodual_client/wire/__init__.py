@@ -16,9 +16,7 @@ POOL = descriptor_pool.Default()
 
 def _load() -> None:
     if not _DESCRIPTORS.is_file():
-        raise ImportError(
-            f"{_DESCRIPTORS} is missing: robodual-client was not installed. Run `pip install -e clients` in the checkout."
-        )
+        raise ImportError(f"{_DESCRIPTORS} is missing: install robodual-client (`pip install -e clients`).")
     files = descriptor_pb2.FileDescriptorSet.FromString(_DESCRIPTORS.read_bytes())
     for file in files.file:
         POOL.AddSerializedFile(file.SerializeToString())
