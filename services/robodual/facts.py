@@ -1,0 +1,53 @@
+"""What is loaded: the description of an engine that `GetInfo`, logs and `robodual inspect` show."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: one line that names the file, what is wrong and the fix."""
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What an engine runs.
+
+    `checkpoint` is the hash of the weights as loaded (`hash_state_dict`), `parameters` counts values, `weight_bytes`
+    is what they take on `device`; `details` holds whatever else the engine wants shown (attention, quantisation, ...).
+    """
+
+    profile: str
+    checkpoint: str
+    device: str
+    dtype: str
+    parameters: int
+    weight_bytes: int
+    details: dict[str, str] = field(default_factory=dict)
+
+
+def hash_state_dict(module: torch.nn.Module) -> str:
+    """SHA-256 (hex) over every entry of the module's state dict, in the order of names: name, dtype, shape, bytes.
+
+    Entries are brought to the CPU one at a time, so the extra memory is one tensor.
+    """
+    digest = hashlib.sha256()
+    state = module.state_dict()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Number of values in the module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_weight_bytes(module: torch.nn.Module) -> int:
+    """Bytes that the module's parameters and buffers take."""
+    return sum(t.numel() * t.element_size() for group in (module.parameters(), module.buffers()) for t in group)
