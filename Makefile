@@ -1,0 +1,45 @@
+# RoboDual Serve. Each target creates what it needs; `make demo` is the one to try first.
+#   make setup [PYTHON=python3.11] [TORCH_INDEX=<index of PyTorch's CPU or CUDA wheels>] [EXTRAS=dev]
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test check clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+	@echo "targets: setup  demo  test  check  clean"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml clients/pyproject.toml clients/setup.py $(wildcard protos/robodual/v1/*.proto)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make setup: $(PYTHON) is Python %d.%d; the services need 3.10 or newer (PYTHON=python3.11)" % sys.version_info[:2])'
+	@echo "==> virtual environment $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "==> PyTorch ($(TORCH)$(if $(TORCH_INDEX), from TORCH_INDEX))"
+	@$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@echo "==> robodual-client, robodual and their dependencies; the wire format is compiled from protos/"
+	@$(BIN)/python -m pip install -q -e "./clients[report,sim]" -e ".[$(EXTRAS)]"
+	@touch $(STAMP)
+	@echo "==> ready: $(BIN)/robodual --help"
+
+demo: $(STAMP)
+	@$(BIN)/robodual demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	@echo "==> removing $(VENV), runs/, caches and built files"
+	@rm -rf $(VENV) runs build dist clients/build clients/dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf services/*.egg-info clients/*.egg-info
+	@rm -f clients/robodual_client/wire/*.binpb clients/robodual_client/wire/*_pb2.pyi
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,3 @@
+from robodual.cli import main
+
+main()

