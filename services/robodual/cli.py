@@ -1,0 +1,171 @@
+"""The command line: `robodual up | serve | evaluate | demo | doctor`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from robodual.pair import Options, Pair, PairError
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+serve = typer.Typer(help="Runs one service until it is told to stop.", no_args_is_help=True)
+app.add_typer(serve, name="serve")
+console = Console()
+stderr = Console(stderr=True)
+
+S = TypeVar("S", bound=BaseSettings)
+
+PROFILE_HELP = "Model shapes: robodual-7b, or toy (seeded random weights at test widths)."
+DEVICE_HELP = "auto, cpu, cuda or cuda:N."
+
+Profile = Annotated[str | None, typer.Option(help=PROFILE_HELP)]
+Device = Annotated[str | None, typer.Option(help=DEVICE_HELP)]
+Port = Annotated[int | None, typer.Option(help="gRPC port; 0 chooses a free one.")]
+HttpPort = Annotated[int | None, typer.Option(help="Port of /healthz, /readyz, /metrics and /info.")]
+Host = Annotated[str | None, typer.Option(help="Address to bind; others than loopback need a token.")]
+RedisUrl = Annotated[str | None, typer.Option(help="redis://, rediss:// or unix://; ROBODUAL_REDIS_URL.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights; without it, seeded random ones.")]
+
+
+@serve.command()
+def generalist(
+    context: typer.Context,
+    profile: Profile = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    host: Host = None,
+    port: Port = None,
+    http_port: HttpPort = None,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Serves the vision-language-action model. Every other setting: ROBODUAL_* (docs/deployment.md)."""
+    from robodual.generalist.service import run
+    from robodual.serving.settings import GeneralistSettings
+
+    run(_settings(GeneralistSettings, context))
+
+
+@serve.command()
+def specialist(
+    context: typer.Context,
+    profile: Profile = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    host: Host = None,
+    port: Port = None,
+    http_port: HttpPort = None,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Serves the diffusion transformer. Every other setting: ROBODUAL_* (docs/deployment.md)."""
+    from robodual.serving.settings import SpecialistSettings
+    from robodual.specialist.service import run
+
+    run(_settings(SpecialistSettings, context))
+
+
+def _settings(kind: type[S], context: typer.Context) -> S:
+    """Flags that were given, over environment and defaults.
+
+    Raises:
+        typer.Exit: with one line per setting that is wrong.
+    """
+    try:
+        return kind(**{name: value for name, value in context.params.items() if value is not None})
+    except ValidationError as error:
+        for fault in error.errors():
+            stderr.print(f"[red]{'.'.join(map(str, fault['loc'])) or 'settings'}[/]: {fault['msg']}")
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def up(
+    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "toy",
+    generalist_checkpoint: Checkpoint = None,
+    specialist_checkpoint: Checkpoint = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    redis_url: RedisUrl = None,
+    generalist_port: int = 50051,
+    specialist_port: int = 50052,
+) -> None:
+    """Starts Redis and both services in one terminal, and stops them all on Ctrl-C."""
+    checkpoints = {"generalist": generalist_checkpoint, "specialist": specialist_checkpoint}
+    options = Options(
+        profile=profile,
+        redis_url=redis_url or os.environ.get("ROBODUAL_REDIS_URL"),
+        ports={"generalist": generalist_port, "specialist": specialist_port},
+        http_ports={"generalist": 8051, "specialist": 8052},
+        checkpoints={name: path for name, path in checkpoints.items() if path is not None},
+        device=device,
+    )
+    with _pair(options, _print_line) as pair:
+        console.print(_pair_table(pair))
+        console.print("Ctrl-C stops them. In another terminal: [bold]robodual evaluate --env playtable[/]")
+        while True:
+            pair.check()
+            time.sleep(0.5)
+
+
+def _print_line(service: str, line: str) -> None:
+    colour = {"generalist": "magenta", "specialist": "cyan"}[service]
+    console.print(f"[{colour}]{service:>10}[/] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _pair(options: Options, log: Callable[[str, str], None]) -> Iterator[Pair]:
+    """A started pair, stopped on any exit: the end of the block, an error, Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    pair = Pair(options, log)
+    try:
+        with console.status(f"starting Redis, generalist and specialist ({options.profile})"):
+            pair.start()
+        yield pair
+    except PairError as error:
+        stderr.print(f"[red]{escape(str(error))}[/]")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    finally:
+        pair.stop()
+
+
+def _pair_table(pair: Pair) -> Table:
+    table = Table("process", "gRPC", "HTTP", box=None)
+    for name, address in pair.addresses.items():
+        table.add_row(name, address, f"http://127.0.0.1:{pair.http_ports[name]}/info")
+    table.add_row("redis", "", pair.redis_url if not pair.options.redis_url else "as given")
+    return table
+
+
+@app.command()
+def doctor(
+    redis_url: Annotated[str, typer.Option(envvar="ROBODUAL_REDIS_URL")] = "redis://127.0.0.1:6379/0",
+    generalist: Annotated[str, typer.Option(help="Its host:port.")] = "127.0.0.1:50051",
+    specialist: Annotated[str, typer.Option(help="Its host:port.")] = "127.0.0.1:50052",
+) -> None:
+    """Says what is installed, whether Redis and both services answer, and what to do about what does not."""
+    from robodual.doctor import examine
+
+    findings = asyncio.run(examine(redis_url, generalist, specialist, os.environ.get("ROBODUAL_TOKEN")))
+    table = Table("", "what", "found", "to do", box=None)
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]--[/]", "fault": "[red]no[/]"}
+    for finding in findings:
+        table.add_row(marks[finding.state], finding.subject, escape(finding.found), escape(finding.remedy))
+    console.print(table)
+    raise typer.Exit(1 if any(finding.state == "fault" for finding in findings) else 0)
+
+
+def main() -> None:
+    app()
