@@ -51,7 +51,8 @@ def _rotation(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     end_vector, end_scalar = end[:3], end[3]
     vector = end_scalar * start_vector + start_scalar * end_vector + np.cross(end_vector, start_vector)
     scalar = end_scalar * start_scalar - end_vector @ start_vector
-    return np.array([*vector, scalar])
+    turn: np.ndarray = np.array([*vector, scalar])
+    return turn
 
 
 def _object(info: Info, name: str) -> Mapping[str, Any]:
@@ -60,7 +61,8 @@ def _object(info: Info, name: str) -> Mapping[str, Any]:
 
 
 def _moved(start: Mapping[str, Any], end: Mapping[str, Any]) -> np.ndarray:
-    return np.subtract(end["current_pos"], start["current_pos"])
+    moved: np.ndarray = np.subtract(end["current_pos"], start["current_pos"])
+    return moved
 
 
 def _touched_bodies(thing: Mapping[str, Any]) -> set[int]:
@@ -206,15 +208,15 @@ def _tasks() -> dict[str, Predicate]:
         tasks[f"lift_{color}_block_drawer"] = partial(lift, block=block, height=0.05, link="drawer_link")
     tasks["place_in_slider"] = partial(place, link="plank_link")
     tasks["place_in_drawer"] = partial(place, link="drawer_link")
-    tasks["push_into_drawer"] = push_into_drawer
     tasks["stack_block"] = stack
     tasks["unstack_block"] = unstack
     tasks["turn_on_lightbulb"] = partial(toggle, light="lightbulb", on=1)
     tasks["turn_off_lightbulb"] = partial(toggle, light="lightbulb", on=0)
     tasks["turn_on_led"] = partial(toggle, light="led", on=1)
     tasks["turn_off_led"] = partial(toggle, light="led", on=0)
+    tasks["push_into_drawer"] = push_into_drawer
     return tasks
 
 
 TASKS: dict[str, Predicate] = _tasks()
-"""Every task's name and its predicate of (start_info, end_info)."""
+"""Every task's name and its predicate of (start_info, end_info), in the published order."""
