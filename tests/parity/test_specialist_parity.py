@@ -1,0 +1,95 @@
+"""The specialist reproduces the published one's recorded values, by the plain path and by the engine's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from parity_cases import Case, cases, draw, fill_state_dict, state_dict_shapes
+from torch import Tensor
+
+from robodual.specialist.config import CHUNK, SpecialistConfig
+from robodual.specialist.policy import Observation, Policy
+
+CASES = cases("specialist")
+NOT_FILLED = ("rotary_emb.freqs", "temp_embed")
+
+
+def config_of(case: dict[str, Any]) -> SpecialistConfig:
+    return SpecialistConfig(
+        with_depth=case["depth"],
+        with_gripper=case["gripper"],
+        with_tactile=case["tactile"],
+        diffusion_steps=case["steps"],
+        guidance_scale=3.0 if case["guidance"] else 1.0,
+    )
+
+
+def policy_of(config: SpecialistConfig) -> Policy:
+    policy = Policy(config).eval()
+    fill_state_dict(policy, skip=NOT_FILLED)
+    return policy
+
+
+def inputs_of(prefix: str, config: SpecialistConfig, batch: int, context_length: int) -> dict[str, Any]:
+    """Everything that `Policy.sample` takes, drawn under `prefix`."""
+
+    def value(name: str, *shape: int, low: float | None = None, high: float | None = None) -> Tensor:
+        return torch.from_numpy(draw(f"{prefix}/{name}", (batch, *shape), low, high))
+
+    observation = Observation(
+        rgb_static=value("rgb_static", 3, 224, 224),
+        rgb_static_previous=value("rgb_static_previous", 3, 224, 224),
+        proprio=value("proprio", 7),
+        depth_static=value("depth_static", 200, 200, low=3.5, high=6.2) if config.with_depth else None,
+        rgb_gripper=value("rgb_gripper", 3, 224, 224) if config.with_gripper else None,
+        depth_gripper=value("depth_gripper", 84, 84, low=0, high=2) if config.with_gripper else None,
+        rgb_tactile=value("rgb_tactile", 6, 160, 120, low=0, high=1) if config.with_tactile else None,
+    )
+    return {
+        "observation": observation,
+        "reference": value("ref_action", CHUNK, 7, low=-1, high=1),
+        "hidden_states": value("action_cond", context_length, config.context_width),
+        "noise": value("noise", CHUNK, 7),
+    }
+
+
+def error(actual: Tensor, recorded: Any) -> float:
+    return float((actual - torch.from_numpy(recorded)).abs().max())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.short)
+def test_plain_path_reproduces_the_published_values(case: Case) -> None:
+    config = config_of(case.config)
+    policy = policy_of(config)
+    inputs = inputs_of(case.short, config, case.config["batch"], case.config["context_length"])
+    with torch.inference_mode():
+        tokens = policy.encode(inputs["observation"])
+        first = (
+            inputs["noise"],
+            100 // config.diffusion_steps * (config.diffusion_steps - 1),
+            tokens,
+            inputs["observation"].proprio,
+            inputs["reference"],
+            inputs["hidden_states"],
+        )
+        measured = {
+            "dino_static_current_mean": tokens.static[:, 0].mean(dim=1),
+            "dino_static_current_first_patch": tokens.static[:, 0, 1],
+            "first_eps_conditional": policy.predict(*first),
+            "first_eps_unconditional": policy.predict(*first, keep=False),
+        }
+        if tokens.static_depth is not None:
+            measured["depth_encoder_cls"] = tokens.static_depth[:, 0]
+    for name, value in measured.items():
+        if name in case.recorded:
+            assert error(value, case.recorded[name]) < 2e-5, name
+    assert error(policy.sample(**inputs), case.recorded["actions"]) < 2e-4
+
+
+def test_parameter_names_and_shapes_are_the_published_ones() -> None:
+    with torch.device("meta"):
+        state = Policy(SpecialistConfig.published()).state_dict()
+    shapes = {name: (list(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state.items()}
+    assert shapes == state_dict_shapes("specialist")
