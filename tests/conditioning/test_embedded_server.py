@@ -7,6 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from robodual.conditioning.valkey import EmbeddedServer, ServerNotFound, find_server
 
@@ -36,7 +38,10 @@ def test_it_takes_no_one_without_the_password_and_keeps_nothing_on_disk() -> Non
         address, _, _ = server.url.rpartition("@")[2].partition("/")
         host, _, port = address.partition(":")
         assert host == "127.0.0.1"
-        with redis.Redis(port=int(port)) as stranger, pytest.raises(redis.AuthenticationError):
+        with (
+            redis.Redis(port=int(port), retry=Retry(NoBackoff(), 0)) as stranger,
+            pytest.raises(redis.AuthenticationError),
+        ):
             stranger.ping()
         command_line = " ".join(psutil.Process(server.pid).cmdline())
         assert server.url.split(":")[2].split("@")[0] not in command_line

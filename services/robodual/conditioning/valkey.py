@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -16,6 +17,8 @@ from types import TracebackType
 from typing import IO
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 START_TIMEOUT = 10.0
 STOP_TIMEOUT = 5.0
@@ -108,7 +111,7 @@ class EmbeddedServer:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
             if process.stdin is None:
                 raise RuntimeError("the embedded server's input is not a pipe")
-            with process.stdin as stdin:
+            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
                 # Through a pipe: command lines are there for every user of the machine to read.
                 stdin.write(self._configuration(port).encode())
             if self._answers(process, port):
@@ -119,7 +122,8 @@ class EmbeddedServer:
 
     def _answers(self, process: subprocess.Popen[bytes], port: int) -> bool:
         deadline = time.monotonic() + START_TIMEOUT
-        with redis.Redis(port=port, password=self._password, socket_timeout=1, socket_connect_timeout=1) as client:
+        once = Retry(NoBackoff(), 0)
+        with redis.Redis(port=port, password=self._password, socket_timeout=1, retry=once) as client:
             while process.poll() is None and time.monotonic() < deadline:
                 try:
                     return bool(client.ping())
