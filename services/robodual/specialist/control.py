@@ -1,0 +1,142 @@
+"""The control loop around the specialist, for one episode: noise, reference window, aggregation, gripper, history.
+
+Pure NumPy, and exact: a loop restored from another's recovery state gives the same actions, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robodual.specialist.config import ACTION, CHUNK, HISTORY
+
+Window = Literal["published", "age"]
+Array = NDArray[np.float32]
+
+DECAY = 0.1  # an action that was planned n steps ago weighs exp(-DECAY * n)
+GRIPPER_THRESHOLD = -0.5  # below it the gripper closes
+
+
+def noise(seed: int, episode: int, step: int) -> Array:
+    """The diffusion's starting sample, float32 [8, 7], standard normal: a function of its three arguments alone.
+
+    `seed` is a uint64, `episode` and `step` are uint32: together they are Philox's 128-bit key.
+
+    Raises:
+        ValueError: if one of them is out of its range.
+    """
+    for name, value, bits in (("seed", seed, 64), ("episode", episode, 32), ("step", step, 32)):
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"{name} must be 0 to 2**{bits} - 1, not {value}")
+    key = np.array([seed, episode << 32 | step], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).standard_normal((CHUNK, ACTION), dtype=np.float32)
+
+
+def reference_actions(chunk: Array, *, conditioning_step: int, step: int, window: Window) -> Array:
+    """The generalist's chunk [8, 7] as the specialist gets it at `step`: the rows still ahead, then zero rows.
+
+    With age n = step - conditioning_step, `age` drops the first n rows. `published` also drops one more while the
+    conditioning is that of step 0 and n > 0: in RoboDual's evaluation (vla-scripts/dual_sys_evaluation.py) the last
+    8 - (step + 1) % 8 rows are kept, all 8 at step 0, with the generalist asked at steps 0, 7, 15, 23, ...
+
+    Raises:
+        ValueError: if the conditioning is of a later step.
+    """
+    age = step - conditioning_step
+    if age < 0:
+        raise ValueError(f"the conditioning is of step {conditioning_step}, after step {step}")
+    dropped = age + (window == "published" and conditioning_step == 0 and age > 0)
+    reference = np.zeros((CHUNK, ACTION), np.float32)
+    if dropped < CHUNK:
+        reference[: CHUNK - dropped] = chunk[dropped:]
+    return reference
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What another replica needs to carry on after a step."""
+
+    chunks: Array  # [n, 8, 7], n <= 8: the latest chunks, oldest first
+    chunk_steps: NDArray[np.int32]  # [n]: the steps they were made at
+    history: Array  # [4, 7]: the last executed actions, oldest first, zeros in front
+
+
+class ControlLoop:
+    """Turns the specialist's chunks into actions; one object an episode, fed in the order of steps.
+
+    Args:
+        recovery: the state of another loop to go on from; checked like any input
+
+    Raises:
+        ValueError: naming the field, if the recovery state does not fit together.
+    """
+
+    def __init__(self, recovery: Recovery | None = None) -> None:
+        self._chunks: list[Array] = []
+        self._steps: list[int] = []
+        self._history = np.zeros((HISTORY, ACTION), np.float32)
+        if recovery is not None:
+            _check(recovery)
+            self._chunks = [chunk.astype(np.float32) for chunk in recovery.chunks]
+            self._steps = [int(step) for step in recovery.chunk_steps]
+            self._history = recovery.history.astype(np.float32)
+
+    @property
+    def history(self) -> Array:
+        """The last 4 executed actions [4, 7], oldest first, zeros in front. The published network does not read it."""
+        return self._history.copy()
+
+    @property
+    def last_step(self) -> int | None:
+        """The latest step that has had its action, or None."""
+        return self._steps[-1] if self._steps else None
+
+    def advance(self, step: int, chunk: Array) -> Array:
+        """The action [7], float32, for `step`, whose diffusion gave `chunk` [8, 7].
+
+        It is the weighted mean of all chunks that cover the step (weights exp(-0.1 * age of the chunk), RoboDual's
+        temporal aggregation), also where steps were skipped; then the gripper becomes -1 below -0.5, else 1.
+
+        Raises:
+            ValueError: if `step` is not after the last one, or the chunk has another shape.
+        """
+        if self._steps and step <= self._steps[-1]:
+            raise ValueError(f"step must be after {self._steps[-1]}, not {step}")
+        if chunk.shape != (CHUNK, ACTION):
+            raise ValueError(f"chunk must have shape {(CHUNK, ACTION)}, not {chunk.shape}")
+        self._chunks.append(chunk.astype(np.float32))
+        self._steps.append(step)
+        while step - self._steps[0] >= CHUNK:
+            del self._chunks[0], self._steps[0]
+        ages = step - np.array(self._steps)
+        planned = np.stack([chunk[age] for chunk, age in zip(self._chunks, ages)]).astype(np.float64)
+        weights = np.exp(-DECAY * ages)
+        mean = (planned * weights[:, None]).sum(axis=0) / weights.sum()
+        mean[-1] = -1 if mean[-1] < GRIPPER_THRESHOLD else 1
+        action: Array = mean.astype(np.float32)
+        self._history = np.concatenate((self._history[1:], action[None]))
+        return action
+
+    def recovery(self) -> Recovery:
+        """The state after the last step: at most 1,937 bytes of values."""
+        chunks = np.stack(self._chunks) if self._chunks else np.zeros((0, CHUNK, ACTION), np.float32)
+        return Recovery(chunks, np.array(self._steps, np.int32), self.history)
+
+
+def _check(recovery: Recovery) -> None:
+    chunks, steps, history = recovery.chunks, recovery.chunk_steps, recovery.history
+    if chunks.ndim != 3 or chunks.shape[1:] != (CHUNK, ACTION) or len(chunks) > CHUNK:
+        raise ValueError(f"chunks must have shape (n, {CHUNK}, {ACTION}) with n <= {CHUNK}, not {chunks.shape}")
+    if steps.shape != (len(chunks),):
+        raise ValueError(f"chunk_steps must have shape ({len(chunks)},) as chunks do, not {steps.shape}")
+    if history.shape != (HISTORY, ACTION):
+        raise ValueError(f"history must have shape ({HISTORY}, {ACTION}), not {history.shape}")
+    for name, values in (("chunks", chunks), ("history", history)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} must be finite")
+    ordered = steps.astype(np.int64)
+    if len(ordered) and (ordered[0] < 0 or (np.diff(ordered) <= 0).any() or ordered[-1] - ordered[0] >= CHUNK):
+        raise ValueError(f"chunk_steps must rise from at least 0 and span less than {CHUNK} steps: {steps.tolist()}")
