@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from robodual.generalist.config import GeneralistConfig, LanguageConfig
 from robodual.generalist.vision import VisionBackbone
+
+BLOCK = 1_000_003  # a prime
 
 
 class Projector(nn.Module):
@@ -77,3 +83,47 @@ def llama_config(config: LanguageConfig, attention: str) -> LlamaConfig:
     )
     llama._attn_implementation = attention
     return llama
+
+
+def build(config: GeneralistConfig, *, attention: str, dtype: torch.dtype) -> Generalist:
+    """A generalist in evaluation mode whose parameters are on the meta device: names and shapes, no memory.
+
+    The rotary frequencies, which no checkpoint holds, stay in float32 whatever `dtype` is, as in the published model.
+    """
+    with torch.device("meta"):
+        model = Generalist(config, attention).to(dtype).eval()
+    return model.requires_grad_(False)
+
+
+def place_rotary(model: Generalist, device: torch.device) -> None:
+    """Computes the rotary frequencies on the device, once the parameters are there."""
+    llama = model.language_model.model
+    with device:
+        llama.rotary_emb = LlamaRotaryEmbedding(llama.config)
+
+
+def randomise(model: Generalist, device: torch.device, seed: int) -> None:
+    """Puts random parameters on the device: the same for a seed on every machine.
+
+    Each follows from (seed, name): normal values by NumPy's PCG64, scaled so that activations stay of order one.
+    Large ones repeat a block of a prime length, so that 7 B values take seconds and no two rows are alike.
+    """
+    model.to_empty(device=device)
+    place_rotary(model, device)
+    for name, parameter in model.named_parameters():
+        generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()) + (seed << 32)))
+        block = torch.from_numpy(generator.standard_normal(min(parameter.numel(), BLOCK), dtype=np.float32))
+        leaf = name.rsplit(".", 1)[-1]
+        if parameter.dim() == 1:
+            block = 0.1 * block + (0.0 if leaf == "bias" else 0.5 if leaf == "scale_factor" else 1.0)
+        elif leaf in ("cls_token", "reg_token", "pos_embed", "latent"):
+            block = 0.5 * block
+        elif "embed_tokens" in name:
+            block = 0.05 * block  # small, so that what attention gathers from the frame and the words decides
+        else:
+            block = (1.6 if "_proj" in name else 0.8) * block / math.sqrt(parameter[0].numel())
+        block = block.to(device, parameter.dtype)
+        values = parameter.data.view(-1)
+        for start in range(0, len(values), BLOCK):
+            piece = values[start : start + BLOCK]
+            piece.copy_(block[: len(piece)])

@@ -1,0 +1,148 @@
+"""Runs a generalist: frames and instructions in, conditionings out."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, hash_state_dict
+from robodual.generalist.decoding import decode
+from robodual.generalist.model import Generalist, build, randomise
+from robodual.generalist.processor import Processor
+from robodual.generalist.tokens import byte_tokenizer, decode_actions
+from robodual.profiles import PROFILES
+
+ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Thought:
+    """What the generalist made of one frame.
+
+    reference_actions: float32 [8, 7] in [-1, 1]; hidden_states: bfloat16 [L, width] on the CPU, L = prompt length + 63;
+    malformed_tokens: how many of the 64 tokens broke the layout and were repaired (`tokens.decode_actions`).
+    """
+
+    reference_actions: npt.NDArray[np.float32]
+    hidden_states: torch.Tensor
+    malformed_tokens: int
+
+
+class GeneralistEngine:
+    """A model on its device. Not thread-safe: one thread calls `think`."""
+
+    def __init__(self, model: Generalist, processor: Processor, facts: EngineFacts, *, constrained: bool) -> None:
+        self.model = model
+        self.processor = processor
+        self.facts = facts
+        self.constrained = constrained
+        self.width = model.config.language.width
+
+    def think(self, frames: Sequence[npt.NDArray[np.uint8]], instructions: Sequence[str]) -> list[Thought]:
+        """One thought per pair of frame (uint8 [H, W, 3], any size) and instruction.
+
+        The answer for one pair does not depend on the others. Raises ValueError if a frame has another shape or type.
+        """
+        if len(frames) != len(instructions):
+            raise ValueError(f"instructions: expected {len(frames)}, one for each frame, got {len(instructions)}")
+        for frame in frames:
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+                raise ValueError(f"rgb_static: expected uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}")
+        device = self.model.device
+        pixels = self.processor.pixels(frames).to(device, self.model.dtype)
+        prompts = [torch.tensor(self.processor.prompt(instruction), device=device) for instruction in instructions]
+        decoded = decode(self.model, pixels, prompts, constrained=self.constrained)
+        thoughts = []
+        for ids, hidden in zip(decoded.tokens.cpu().numpy(), decoded.hidden):
+            actions, malformed = decode_actions(ids, self.model.config.tokens)
+            thoughts.append(Thought(actions, hidden.to("cpu", torch.bfloat16), malformed))
+        return thoughts
+
+
+def load_generalist(
+    profile: str,
+    *,
+    checkpoint: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    attention: str = "auto",
+    constrained: bool | None = None,
+) -> GeneralistEngine:
+    """The engine of a profile, with random weights that follow from `seed`.
+
+    device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N". dtype: "auto" (bfloat16 on CUDA, float32
+    elsewhere) or a name of `DTYPES`. attention: one of `ATTENTIONS`, for the Llama. constrained: whether decoding keeps
+    to the layout of 8 x 7 actions; None leaves it to the profile.
+
+    Raises:
+        ValueError: naming the argument, for one that is unknown or that the machine cannot do.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"profile: expected one of {sorted(PROFILES)}, got {profile!r}")
+    config = PROFILES[profile].generalist
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    chosen = _attention(attention, place, kind)
+    model = build(config, attention=chosen, dtype=kind)
+    randomise(model, place, seed)
+    processor = Processor(config.images, config.tokens, byte_tokenizer(config.tokens))
+    restricted = config.constrained if constrained is None else constrained
+    details = {"attention": chosen, "decoding": "constrained" if restricted else "free"}
+    facts = EngineFacts(
+        profile=profile,
+        checkpoint=hash_state_dict(model),
+        device=str(place),
+        dtype=str(kind).removeprefix("torch."),
+        parameters=count_parameters(model),
+        weight_bytes=count_weight_bytes(model),
+        details=details,
+    )
+    return GeneralistEngine(model, processor, facts, constrained=restricted)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected auto or one of {list(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """FlashAttention-2 needs its package, an Ampere GPU (compute capability 8.0) or newer, and 16-bit values."""
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention: expected one of {ATTENTIONS}, got {name!r}")
+    able = (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and dtype in (torch.bfloat16, torch.float16)
+        and importlib.util.find_spec("flash_attn") is not None
+    )
+    if name == "flash_attention_2" and not able:
+        raise ValueError(
+            "attention: flash_attention_2 needs the flash-attn package, a 16-bit dtype and a CUDA device of compute "
+            "capability 8.0 or more"
+        )
+    if name == "auto":
+        return "flash_attention_2" if able else "sdpa"
+    return name
