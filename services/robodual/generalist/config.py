@@ -271,12 +271,13 @@ class GeneralistConfig:
 
     @classmethod
     def from_huggingface(
-        cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any], constrained: bool = False
+        cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None, constrained: bool = False
     ) -> GeneralistConfig:
         """From a published folder's config.json (`model_type` openvla) and preprocessor_config.json.
 
-        Beyond the published fields, `towers` (two dictionaries in timm's terms) replaces `timm_model_ids`, and
-        `separator_token_id` the published 29871. Raises ValueError that names the field.
+        Without the latter, frames are normalised as published. Beyond the published fields, `towers` (two
+        dictionaries in timm's terms) replaces `timm_model_ids`, and `separator_token_id` the published 29871.
+        Raises ValueError that names the field.
         """
         if config.get("model_type") != "openvla":
             raise ValueError(f"model_type: expected 'openvla', got {config.get('model_type')!r}")
@@ -299,11 +300,25 @@ class GeneralistConfig:
             action_end=language.vocabulary - config.get("pad_to_multiple_of", 64),
             bins=config.get("n_action_bins", TokenConfig.bins),
         )
-        return cls((dino, siglip), language, tokens, ImageConfig.from_huggingface(preprocessor), constrained)
+        if preprocessor is None:
+            images = ImageConfig(config.get("image_resize_strategy", "resize-naive"), dino.image_size)
+        else:
+            images = ImageConfig.from_huggingface(preprocessor)
+        return cls((dino, siglip), language, tokens, images, constrained)
 
     def to_huggingface(self) -> dict[str, Any]:
         """The config.json that `from_huggingface` reads back; published fields first."""
         language = self.language
+        published = {TowerConfig.from_timm(options): name for name, options in PUBLISHED_TOWERS.items()}
+        towers: dict[str, Any]
+        if all(tower in published for tower in self.towers):
+            towers = {
+                "vision_backbone_id": "dinosiglip-vit-so-224px",
+                "timm_model_ids": [published[tower] for tower in self.towers],
+                "timm_override_act_layers": [None, None],
+            }
+        else:
+            towers = {"towers": [tower.to_timm() for tower in self.towers]}
         return {
             "architectures": ["OpenVLAForActionPrediction"],
             "model_type": "openvla",
@@ -329,7 +344,7 @@ class GeneralistConfig:
                 "eos_token_id": self.tokens.eos,
                 "pad_token_id": self.tokens.pad,
             },
-            "towers": [tower.to_timm() for tower in self.towers],
+            **towers,
             "separator_token_id": self.tokens.separator,
         }
 

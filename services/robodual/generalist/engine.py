@@ -13,10 +13,13 @@ import numpy.typing as npt
 import torch
 
 from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, hash_state_dict
+from robodual.generalist.adapters import read_adapter
+from robodual.generalist.checkpoint import read_checkpoint
 from robodual.generalist.decoding import decode
 from robodual.generalist.model import Generalist, build, randomise
 from robodual.generalist.processor import Processor
 from robodual.generalist.tokens import byte_tokenizer, decode_actions
+from robodual.generalist.weights import load_weights
 from robodual.profiles import PROFILES
 
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
@@ -70,31 +73,44 @@ class GeneralistEngine:
 def load_generalist(
     profile: str,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
+    adapters: Sequence[Path] = (),
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
     attention: str = "auto",
     constrained: bool | None = None,
 ) -> GeneralistEngine:
-    """The engine of a profile, with random weights that follow from `seed`.
+    """The engine of a profile: with a checkpoint's weights, or random ones that follow from `seed`.
 
+    checkpoint: a folder as published on the Hugging Face hub, or a hub id; its own config.json and tokenizer replace
+    the profile's. adapters: LoRA folders, merged into the checkpoint's weights in that order.
     device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N". dtype: "auto" (bfloat16 on CUDA, float32
     elsewhere) or a name of `DTYPES`. attention: one of `ATTENTIONS`, for the Llama. constrained: whether decoding keeps
     to the layout of 8 x 7 actions; None leaves it to the profile.
 
     Raises:
+        CheckpointError: naming the file and the fix, for a checkpoint that cannot be used.
         ValueError: naming the argument, for one that is unknown or that the machine cannot do.
     """
     if profile not in PROFILES:
         raise ValueError(f"profile: expected one of {sorted(PROFILES)}, got {profile!r}")
+    if adapters and checkpoint is None:
+        raise ValueError("adapters: need the checkpoint that they were trained on")
     config = PROFILES[profile].generalist
     place = _device(device)
     kind = _dtype(dtype, place)
     chosen = _attention(attention, place, kind)
-    model = build(config, attention=chosen, dtype=kind)
-    randomise(model, place, seed)
-    processor = Processor(config.images, config.tokens, byte_tokenizer(config.tokens))
+    if checkpoint is None:
+        tokenizer = byte_tokenizer(config.tokens)
+        model = build(config, attention=chosen, dtype=kind)
+        randomise(model, place, seed)
+    else:
+        found = read_checkpoint(checkpoint, constrained=config.constrained)
+        config, tokenizer = found.config, found.tokenizer
+        model = build(config, attention=chosen, dtype=kind)
+        load_weights(model, found.folder, place, tuple(read_adapter(folder) for folder in adapters))
+    processor = Processor(config.images, config.tokens, tokenizer)
     restricted = config.constrained if constrained is None else constrained
     details = {"attention": chosen, "decoding": "constrained" if restricted else "free"}
     facts = EngineFacts(
