@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from parity_cases import Case, cases, draw, fill_state_dict, state_dict_shapes
+from parity_cases import Case, arrays, cases, draw, fill_state_dict, paths, state_dict_shapes
 from torch import Tensor
 
 from robodual.specialist.config import CHUNK, SpecialistConfig
+from robodual.specialist.frames import Preparation
 from robodual.specialist.policy import Observation, Policy
+from robodual.specialist.sampler import Sampler
 
 CASES = cases("specialist")
 NOT_FILLED = ("rotary_emb.freqs", "temp_embed")
@@ -93,3 +96,34 @@ def test_parameter_names_and_shapes_are_the_published_ones() -> None:
         state = Policy(SpecialistConfig.published()).state_dict()
     shapes = {name: (list(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state.items()}
     assert shapes == state_dict_shapes("specialist")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.short)
+def test_tabulated_sampler_reproduces_the_published_actions(case: Case) -> None:
+    config = config_of(case.config)
+    policy = policy_of(config)
+    inputs = inputs_of(case.short, config, case.config["batch"], case.config["context_length"])
+    with torch.inference_mode():
+        sampler = Sampler(policy.model, config)
+        context = policy.model.sensor_context(policy.encode(inputs["observation"]))
+        projected = policy.model.context_adapter(inputs["hidden_states"])
+        actions = sampler(
+            inputs["noise"],
+            inputs["reference"],
+            policy.model.proprio_embedder(inputs["observation"].proprio) + projected.mean(dim=1),
+            sampler.keys_values(torch.cat((context, projected), dim=1)),
+        )
+    assert error(actions, case.recorded["actions"]) < 2e-4
+
+
+def test_frames_become_the_published_pixels() -> None:
+    for path in paths("image_processor*.npz"):
+        for key, recorded in arrays(path).items():
+            strategy, name = key.split("/")
+            height, width = {"static": (200, 200), "gripper": (84, 84), "wide": (120, 160), "odd": (121, 160)}.get(
+                name, (97, 60)
+            )
+            frame = draw(f"image/{name}", (height, width, 3), 0, 256).astype(np.uint8)
+            preparation = Preparation(SpecialistConfig(), strategy, torch.device("cpu"), torch.float32)
+            pixels = preparation.colour([frame])[0, :, ::16, ::16]
+            assert error(pixels, recorded[:3]) < 1e-6, key

@@ -85,7 +85,6 @@ class PlainViT(nn.Module):
     ) -> None:
         super().__init__()
         patch_width = channels * patch_size**2
-        self.image_size = image_size
         self.to_patch_embedding = nn.Sequential(
             Patches(patch_size), nn.LayerNorm(patch_width), nn.Linear(patch_width, width), nn.LayerNorm(width)
         )
@@ -94,8 +93,8 @@ class PlainViT(nn.Module):
         self.transformer = Transformer(width, blocks, heads, head_width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] of any size, resized here, to tokens [B, 1 + patches, D]: the class token first."""
-        patches = self.to_patch_embedding(resize(images, self.image_size))
+        """Images [B, C, S, S] to tokens [B, 1 + patches, D]: the class token first, after the final norm."""
+        patches = self.to_patch_embedding(images)
         x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embedding
         out: Tensor = self.transformer(x)
         return out

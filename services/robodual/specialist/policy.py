@@ -7,6 +7,7 @@ fast path (`sampler.py`) must agree with it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from torch.nn import functional as F
 from robodual.specialist import ddim
 from robodual.specialist.config import SpecialistConfig
 from robodual.specialist.denoiser import Denoiser, Tokens
-from robodual.specialist.depth import PlainViT
+from robodual.specialist.depth import PlainViT, resize
 from robodual.specialist.vision import VisionEncoder
+
+T = TypeVar("T")
 
 TACTILE_CHANNELS = 6  # both finger sensors' colours
 
@@ -66,12 +69,16 @@ class Policy(nn.Module):
         static = torch.stack([self.vision_encoder(frame) for frame in frames], dim=1)
         static_depth = gripper = gripper_depth = tactile = None
         if self.depth_encoder is not None:
-            static_depth = self.depth_encoder(_given(observation.depth_static, "depth_static").unsqueeze(1))
+            size = self.config.image_size
+            maps = needed(observation.depth_static, "depth_static").unsqueeze(1)
+            static_depth = self.depth_encoder(resize(maps, size))
             if self.config.with_gripper:
-                gripper = self.vision_encoder(_given(observation.rgb_gripper, "rgb_gripper")).unsqueeze(1)
-                gripper_depth = self.depth_encoder(_given(observation.depth_gripper, "depth_gripper").unsqueeze(1))
+                gripper = self.vision_encoder(needed(observation.rgb_gripper, "rgb_gripper")).unsqueeze(1)
+                maps = needed(observation.depth_gripper, "depth_gripper").unsqueeze(1)
+                gripper_depth = self.depth_encoder(resize(maps, size))
         if self.tactile_encoder is not None:
-            tactile = self.tactile_encoder(_given(observation.rgb_tactile, "rgb_tactile"))
+            images = needed(observation.rgb_tactile, "rgb_tactile")
+            tactile = self.tactile_encoder(resize(images, self.config.tactile_size))
         return Tokens(static, static_depth, gripper, gripper_depth, tactile)
 
     @torch.inference_mode()
@@ -163,7 +170,9 @@ class Policy(nn.Module):
     def initialize(self, seed: int) -> Policy:
         """Seeded random weights with activations of order one, for tests and the toy profile. Returns self.
 
-        Unlike a training's start, nothing is zero here: every part of the network changes the answer.
+        Unlike a training's start, nothing is zero here: every part of the network changes the answer. Only the last
+        layer is small, so that guidance and the first, noisiest steps do not amplify rounding, as they would not in
+        a trained network, where both passes nearly agree.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -180,10 +189,16 @@ class Policy(nn.Module):
             else:
                 value = 0.8 * value / value[0].numel() ** 0.5
             parameter.copy_(value)
+        self.model.final_layer.linear.weight.mul_(0.25)
         return self
 
 
-def _given(value: Tensor | None, name: str) -> Tensor:
+def needed(value: T | None, name: str) -> T:
+    """The value.
+
+    Raises:
+        ValueError: naming the sensor, if there is none.
+    """
     if value is None:
         raise ValueError(f"the model reads {name}, and the observation has none")
     return value

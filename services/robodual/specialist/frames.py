@@ -1,0 +1,114 @@
+"""One camera reading as NumPy arrays, and what the published control loop makes of it before the encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from robodual.images import Strategy, square
+from robodual.specialist.config import SpecialistConfig
+from robodual.specialist.depth import resize
+from robodual.specialist.policy import Observation, needed
+
+# ImageNet's statistics as the published processor has them, rounded to bfloat16.
+MEANS = (0.484375, 0.455078125, 0.40625)
+DEVIATIONS = (0.228515625, 0.2236328125, 0.224609375)
+# Subtracted from depth in metres: min / (max - min) of CALVIN's cameras. The published code means to normalise, but
+# does not divide, and the published weights were trained that way (vla-scripts/dual_sys_evaluation.py).
+STATIC_DEPTH_OFFSET = 3.5 / (6.2 - 3.5)
+GRIPPER_DEPTH_OFFSET = 0.0
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One decoded observation at the cameras' sizes; a sensor that the model does not read may be None.
+
+    Colour is uint8 [H, W, 3], depth float32 [H, W] in metres, tactile uint8 [H, W, 6] (both finger sensors),
+    proprioception float32 [7]: TCP position and Euler angles, last gripper command.
+    """
+
+    rgb_static: npt.NDArray[np.uint8]
+    rgb_gripper: npt.NDArray[np.uint8] | None
+    depth_static: npt.NDArray[np.float32] | None
+    depth_gripper: npt.NDArray[np.float32] | None
+    rgb_tactile: npt.NDArray[np.uint8] | None
+    proprio: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Makes encoder inputs of arrays, on one device and in one dtype."""
+
+    config: SpecialistConfig
+    strategy: Strategy
+    device: torch.device
+    dtype: torch.dtype
+
+    def colour(self, frames: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+        """B frames [H, W, 3] of any sizes to normalised [B, 3, S, S]. Bytes travel to the device, not floats."""
+        size = self.config.image_size
+        images = torch.from_numpy(np.stack([square(frame, size, self.strategy) for frame in frames]))
+        pixels = images.to(self.device).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+        means, deviations = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEANS, DEVIATIONS))
+        return pixels.sub_(means).div_(deviations).to(self.dtype)
+
+    def depth(self, maps: Sequence[npt.NDArray[np.float32]], offset: float) -> Tensor:
+        """B maps [H, W] of any sizes to [B, 1, S, S], less the constant."""
+        size = self.config.image_size
+        return torch.cat([resize(self.shifted(values, offset)[:, None], size) for values in maps]).to(self.dtype)
+
+    def shifted(self, values: npt.NDArray[np.float32], offset: float) -> Tensor:
+        """One map [H, W] to float32 [1, H, W], less the constant."""
+        return torch.tensor(values, dtype=torch.float32, device=self.device)[None] - offset
+
+    def tactile(self, images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+        """B images [H, W, 6] of any sizes to [B, 6, S, S] in [0, 1]."""
+        size = self.config.tactile_size
+        return torch.cat([resize(self.scaled(image), size) for image in images]).to(self.dtype)
+
+    def scaled(self, image: npt.NDArray[np.uint8]) -> Tensor:
+        """One tactile image [H, W, 6] to float32 [1, 6, H, W] in [0, 1]."""
+        return torch.tensor(image, device=self.device).permute(2, 0, 1)[None].to(torch.float32) / 255
+
+    def tactile_images(self, frames: Sequence[Frame]) -> Tensor:
+        """[B, 6, S, S]."""
+        return self.tactile([needed(frame.rgb_tactile, "rgb_tactile") for frame in frames])
+
+    def static_depth(self, frames: Sequence[Frame]) -> Tensor:
+        """[B, 1, S, S]."""
+        return self.depth([needed(frame.depth_static, "depth_static") for frame in frames], STATIC_DEPTH_OFFSET)
+
+    def gripper_depth(self, frames: Sequence[Frame]) -> Tensor:
+        """[B, 1, S, S]."""
+        return self.depth([needed(frame.depth_gripper, "depth_gripper") for frame in frames], GRIPPER_DEPTH_OFFSET)
+
+    def vectors(self, values: Sequence[npt.NDArray[np.float32]]) -> Tensor:
+        """B arrays of one shape to [B, ...]."""
+        return torch.from_numpy(np.stack(values)).to(self.device, self.dtype)
+
+    def observation(self, frame: Frame, previous: npt.NDArray[np.uint8]) -> Observation:
+        """What the plain path reads: one frame, and the static image before it (at step 0, the current one)."""
+        config = self.config
+        depth_static = depth_gripper = rgb_gripper = rgb_tactile = None
+        if config.with_depth:
+            depth_static = self.shifted(needed(frame.depth_static, "depth_static"), STATIC_DEPTH_OFFSET).to(self.dtype)
+        if config.with_gripper:
+            rgb_gripper = self.colour([needed(frame.rgb_gripper, "rgb_gripper")])
+            depth_gripper = self.shifted(needed(frame.depth_gripper, "depth_gripper"), GRIPPER_DEPTH_OFFSET)
+            depth_gripper = depth_gripper.to(self.dtype)
+        if config.with_tactile:
+            rgb_tactile = self.scaled(needed(frame.rgb_tactile, "rgb_tactile")).to(self.dtype)
+        return Observation(
+            rgb_static=self.colour([frame.rgb_static]),
+            rgb_static_previous=self.colour([previous]),
+            proprio=self.vectors([frame.proprio]),
+            depth_static=depth_static,
+            rgb_gripper=rgb_gripper,
+            depth_gripper=depth_gripper,
+            rgb_tactile=rgb_tactile,
+        )
