@@ -1,0 +1,119 @@
+"""What an evaluation is asked to do, in terms that a command line, a file and a worker process all can hold."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Mapping
+
+from robodual_client.calvin.annotations import VALIDATION, load
+from robodual_client.calvin.rollout import EPISODE_STEPS
+from robodual_client.calvin.sequences import published
+
+ENVIRONMENTS = {
+    "playtable": "robodual_client.playtable:PlayTable",
+    "calvin": "robodual_client.calvin.environment:CalvinEnvironment",
+}
+POLICIES = {
+    "services": "robodual_client.calvin.policies:services",
+    "expert": "robodual_client.calvin.policies:expert",
+    "random": "robodual_client.calvin.policies:random",
+    "zero": "robodual_client.calvin.policies:zero",
+}
+VIDEO = ("none", "failures", "all")
+
+
+class EvaluationError(Exception):
+    """The evaluation cannot start or go on; the message says in one line what to do about it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """One evaluation run.
+
+    `env` and `policy` are a name of ENVIRONMENTS or POLICIES, or `module:callable` of your own. An environment is
+    called with `env_options`; a policy with (env, seed) and `policy_options`, once a sequence.
+    """
+
+    out: Path
+    env: str = "playtable"
+    env_options: Mapping[str, Any] = field(default_factory=dict)
+    policy: str = "services"
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    numbers: tuple[int, ...] = tuple(range(5))
+    seed: int = 0
+    ep_len: int = EPISODE_STEPS
+    annotations: Path = VALIDATION
+    workers: int = 1
+    video: str = "none"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises EvaluationError for values that no run can have."""
+        last = len(published()) - 1
+        if not self.numbers:
+            raise EvaluationError("sequences: none are left to run; choose some with --sequences or --num-sequences")
+        if not all(0 <= number <= last for number in self.numbers):
+            raise EvaluationError(f"sequences: must lie in 0-{last}, got {min(self.numbers)}-{max(self.numbers)}")
+        if self.ep_len < 1:
+            raise EvaluationError(f"ep_len: must be at least 1 step, got {self.ep_len}")
+        if self.workers < 1:
+            raise EvaluationError(f"workers: must be at least 1, got {self.workers}")
+        if not 0 <= self.seed < 2**32:
+            raise EvaluationError(f"seed: must lie in 0..2^32-1, got {self.seed}")
+        if self.video not in VIDEO:
+            raise EvaluationError(f"video: must be one of {', '.join(VIDEO)}, got {self.video!r}")
+        for name, value, known in (("env", self.env, ENVIRONMENTS), ("policy", self.policy, POLICIES)):
+            if value not in known and ":" not in value:
+                raise EvaluationError(f"{name}: must be {', '.join(known)} or module:callable, got {value!r}")
+
+    def factories(self) -> tuple[str, str]:
+        """`module:callable` of the environment and of the policy."""
+        return ENVIRONMENTS.get(self.env, self.env), POLICIES.get(self.policy, self.policy)
+
+    def instructions(self) -> dict[str, str]:
+        """Each task's sentence. Raises EvaluationError if the annotations file is not one."""
+        try:
+            return load(self.annotations)
+        except ValueError as error:
+            raise EvaluationError(str(error)) from error
+
+    def protocol(self) -> dict[str, Any]:
+        """What two runs must share for their sequences to be merged, or one to be resumed."""
+        return {
+            "env": self.env,
+            "env_options": _what(self.env_options),
+            "policy": self.policy,
+            "policy_options": _what(self.policy_options),
+            "seed": self.seed,
+            "ep_len": self.ep_len,
+            "annotations": hashlib.sha256(self.annotations.read_bytes()).hexdigest()[:16],
+        }
+
+
+def _what(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Less what says where something is, which does not change a result."""
+    where = ("calvin_root", "generalist", "specialist", "token")
+    return {name: value for name, value in options.items() if name not in where}
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Sequence numbers of "0-99,250": ascending, each once. Raises EvaluationError naming the part that is wrong."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+            raise EvaluationError(f"sequences: {part.strip()!r} must be a number or a range like 0-99")
+        if int(last or first) >= len(published()):
+            raise EvaluationError(f"sequences: {part.strip()!r} is beyond the last sequence, {len(published()) - 1}")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(numbers))
+
+
+def shard(numbers: tuple[int, ...], text: str) -> tuple[int, ...]:
+    """The share of "i/n" (1/4 to 4/4): every n-th number from the i-th on. Raises EvaluationError for another text."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise EvaluationError(f"shard: must be i/n with 1 <= i <= n, as 1/4, got {text!r}")
+    return numbers[int(index) - 1 :: int(count)]

@@ -1,0 +1,107 @@
+"""Runs an evaluation: workers do the sequences, every finished one is on disk at once, and a stopped run resumes.
+
+A run's folder holds run.json (protocol and provenance), sequences.jsonl (one line per finished sequence), results.json
+(the published figures), logs/, and videos/ where asked for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from robodual_client.calvin import provenance, records, results
+from robodual_client.calvin.options import EvaluationError, Options
+from robodual_client.calvin.progress import Progress, choose
+from robodual_client.calvin.records import Record
+from robodual_client.calvin.results import Results
+from robodual_client.calvin.workers import Failed, Ready, Workers
+
+
+def evaluate(options: Options, progress: Progress | None = None) -> Results:
+    """Runs the sequences of `options` that are not done yet, and returns the whole run in `options.out`.
+
+    On Ctrl-C the finished sequences and their results.json are kept, and KeyboardInterrupt goes on to the caller.
+    Raises EvaluationError, before the first sequence wherever it can be known, with a message of one line.
+    """
+    instructions = options.instructions()
+    _require_writable(options.out)
+    services = _services(options)
+    run = _earlier(options, services)
+    todo = [number for number in options.numbers if number not in run.sequences]
+    entry = provenance.collect(options, services)
+    run.provenance.append(entry)
+    _write_run(options.out, run)
+    if todo:
+        with progress or choose(len(run.sequences) + len(todo)) as shown:
+            try:
+                _run(options, instructions, todo, run, entry, shown)
+            finally:
+                _write_run(options.out, run)
+                run.save(options.out)
+    else:
+        run.save(options.out)
+    return run
+
+
+def _run(
+    options: Options,
+    instructions: dict[str, str],
+    todo: list[int],
+    run: Results,
+    entry: dict[str, Any],
+    shown: Progress,
+) -> None:
+    total = len(run.sequences) + len(todo)
+    with Workers(options, todo, instructions) as workers:
+        for event in workers.events():
+            if isinstance(event, Record):
+                records.append(options.out / results.SEQUENCES, event)
+                run.sequences[event.sequence] = event
+                shown.finished(event, run, total)
+            elif isinstance(event, Failed):
+                shown.note(f"sequence {event.number} is repeated: {event.reason}")
+            elif isinstance(event, Ready):
+                entry["environment"] = event.facts
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise EvaluationError(f"out: {folder} cannot be written: {error.strerror}") from error
+
+
+def _services(options: Options) -> dict[str, dict[str, Any]]:
+    if options.policy != "services":
+        return {}
+    addresses = {}
+    for name in ("generalist", "specialist"):
+        if not options.policy_options.get(name):
+            raise EvaluationError(f"{name}: the policy `services` needs its address, as --{name} localhost:50051")
+        addresses[name] = str(options.policy_options[name])
+    return provenance.ask_services(addresses)
+
+
+def _protocol(options: Options, services: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    models = {name: {key: info[key] for key in ("profile", "checkpoint")} for name, info in services.items()}
+    return {**options.protocol(), "models": models}
+
+
+def _earlier(options: Options, services: dict[str, dict[str, Any]]) -> Results:
+    """What an earlier start of this run has finished. Raises EvaluationError if the folder holds another run."""
+    protocol = _protocol(options, services)
+    if not (options.out / results.SEQUENCES).exists():
+        return Results({}, protocol)
+    if not options.resume:
+        raise EvaluationError(f"out: {options.out} already holds a run; go on with --resume or choose another folder")
+    earlier = results.load(options.out)
+    message = f"out: {options.out} holds a run with other settings; choose another folder"
+    results.require_same(earlier.protocol, protocol, message)
+    return earlier
+
+
+def _write_run(folder: Path, run: Results) -> None:
+    results.write_json(folder / results.RUN, {"protocol": dict(run.protocol), "provenance": run.provenance})

@@ -1,0 +1,112 @@
+"""A worker process: builds one environment and runs the sequences that its parent names, one at a time.
+
+Runs as `python -m robodual_client.calvin.worker`. The parent writes JSON lines to its standard input: first the job,
+then one sequence number each. The worker answers with one JSON line each on its standard output: `{"ready": ...}` or
+`{"fatal": message}`, then `{"record": ...}` or `{"error": message}`. It ends after an error, when its
+input does, and on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from importlib import import_module
+from typing import Any, Callable, Iterator, NoReturn, TextIO
+
+from robodual_client.calvin.rollout import Environment, Policy, Watcher, run_sequence
+from robodual_client.calvin.sequences import published
+
+
+def run(lines: TextIO, answers: TextIO) -> None:
+    """Serves the parent at `lines` and `answers` until `lines` ends."""
+
+    def answer(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    job = json.loads(lines.readline())
+    try:
+        env: Environment = resolve(job["env"])(**job["env_options"])
+        make_policy = resolve(job["policy"])
+    except Exception as error:  # whatever a simulator's start may raise is the parent's to tell
+        traceback.print_exc()
+        answer({"fatal": f"{job['env']} cannot start: {_one_line(error)}"})
+        return
+    try:
+        answer({"ready": dict(getattr(env, "facts", {}))})
+        for number in _numbers(lines):
+            answer({"record": _run(job, env, make_policy, number)})
+    except Exception as error:  # the parent repeats the sequence in a fresh process, or stops the run
+        traceback.print_exc()
+        answer({"error": _one_line(error)})
+    finally:
+        env.close()
+
+
+def resolve(name: str) -> Callable[..., Any]:
+    """The callable that `module:name` stands for. Raises ImportError or AttributeError if there is none."""
+    module, _, attribute = name.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), attribute)
+    return found
+
+
+def _run(job: dict[str, Any], env: Environment, make_policy: Callable[..., Policy], number: int) -> dict[str, Any]:
+    """One sequence with a policy of its own, whose seed depends on the run's seed and the sequence's number alone."""
+    sequence = published()[number]
+    policy = make_policy(env, (job["seed"] << 16) + number, **job["policy_options"])
+    watcher: Watcher | None = None
+    try:
+        record = run_sequence(env, policy, sequence, job["instructions"], ep_len=job["ep_len"], watcher=watcher)
+    finally:
+        close = getattr(policy, "close", None)
+        if close is not None:
+            close()
+    return record.to_json()
+
+
+def _numbers(lines: TextIO) -> Iterator[int]:
+    """The sequence numbers on `lines`. When the parent is gone in the middle of a sequence, the process is told."""
+    numbers: queue.Queue[int | None] = queue.Queue()
+    idle = threading.Event()
+
+    def listen() -> None:
+        for line in lines:
+            numbers.put(json.loads(line))
+        numbers.put(None)
+        if not idle.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        idle.set()
+        number = numbers.get()
+        if number is None:
+            return
+        idle.clear()
+        yield number
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(143)
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
+    # Simulators print to standard output from C: keep the answers' channel to ourselves.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    run(sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()
