@@ -76,12 +76,12 @@ def published() -> tuple[Sequence, ...]:
 
 def generate() -> tuple[Sequence, ...]:
     """Draws the 1000 published evaluation sequences, in order."""
-    states = _initial_states()
+    states = initial_states()
     shares = [len(share) for share in np.array_split(np.arange(1000), len(states))]
     drawn = [
         (state, tasks)
         for index, (state, share) in enumerate(zip(states, shares))
-        for tasks in _draw_chains(state, share, seed=index)
+        for tasks in draw_chains(state, share, seed=index)
     ]
     order = np.random.RandomState(0).permutation(len(drawn))
     return tuple(Sequence(number, *drawn[index]) for number, index in enumerate(order))
@@ -109,7 +109,7 @@ def observations(initial_state: Mapping[str, Value]) -> tuple[np.ndarray, np.nda
     return np.array(_ROBOT_OBS), scene_obs
 
 
-def _initial_states() -> list[dict[str, Value]]:
+def initial_states() -> list[dict[str, Value]]:
     """One or two blocks on the table, no two in the same half of the cabinet."""
     return [
         dict(zip(_INITIAL, values))
@@ -118,7 +118,7 @@ def _initial_states() -> list[dict[str, Value]]:
     ]
 
 
-def _draw_chains(state: Mapping[str, Value], count: int, seed: int) -> Iterator[tuple[str, ...]]:
+def draw_chains(state: Mapping[str, Value], count: int, seed: int) -> Iterator[tuple[str, ...]]:
     """Draws five different tasks at a time until `count` of the draws can be done one after the other."""
     names = list(TASKS)
     start = tuple(state.values())
