@@ -1,0 +1,170 @@
+"""The generalist over gRPC: frames and instructions in, conditionings into the store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from robodual.conditioning.record import Conditioning, Version
+from robodual.conditioning.store import Store, StoreUnavailable
+from robodual.generalist.engine import GeneralistEngine, Thought, load_generalist
+from robodual.serving import fields, server
+from robodual.serving.batching import Batcher
+from robodual.serving.errors import InvalidArgument, Unavailable
+from robodual.serving.info import describe
+from robodual.serving.metrics import Metrics
+from robodual.serving.readiness import Readiness
+from robodual.serving.server import Server
+from robodual.serving.settings import GeneralistSettings
+from robodual.serving.timings import Timings
+from robodual_client import tensors, wire
+
+logger = structlog.get_logger(__name__)
+
+MAX_INSTRUCTION = 512
+HEARTBEAT = 1.0  # seconds between looks at the store
+
+
+class Glance(NamedTuple):
+    """What the generalist looks at: a frame, uint8 [H, W, 3], and what to do."""
+
+    frame: NDArray[np.uint8]
+    instruction: str
+
+
+class GeneralistService:
+    """The methods of `robodual.v1.Generalist`, as protos/robodual/v1/generalist.proto describes them."""
+
+    def __init__(
+        self, batcher: Batcher[Glance, Thought], store: Store, info: wire.InfoResponse, metrics: Metrics
+    ) -> None:
+        self._batcher = batcher
+        self._store = store
+        self._info = info
+        self._metrics = metrics
+
+    async def Condition(self, request: wire.ConditionRequest, context: Any) -> wire.ConditionResponse:
+        timings = Timings(self._metrics)
+        session = fields.session_id(request)
+        instruction = request.instruction
+        if not instruction.strip() or len(instruction) > MAX_INSTRUCTION:
+            raise InvalidArgument(
+                f"instruction: expected 1 to {MAX_INSTRUCTION} characters that say what to do, got {len(instruction)}"
+            )
+        frame = await fields.image(request, "rgb_static", field="rgb_static", sides=tensors.IMAGE_SIDES)
+        timings.lap("decode")
+        done = await self._batcher.submit(
+            Glance(frame, instruction), session=session, deadline=server.deadline(context)
+        )
+        timings.add("queue", done.queued)
+        timings.add("think", done.computed)
+        thought = done.answer
+        self._metrics.malformed.inc(thought.malformed_tokens)
+        conditioning = Conditioning(request.episode, request.step, thought.reference_actions, thought.hidden_states)
+        with _reachable():
+            stored, latest = await self._store.put(session, conditioning)
+        timings.lap("store")
+        return wire.ConditionResponse(
+            version=_message(conditioning.version),
+            stored=stored,
+            latest=_message(latest),
+            timings=timings.messages(),
+            malformed_tokens=thought.malformed_tokens,
+        )
+
+    async def Reset(self, request: wire.ResetRequest, context: Any) -> wire.ResetResponse:
+        session = fields.session_id(request)
+        with _reachable():
+            await self._store.drop_before(session, request.episode)
+        return wire.ResetResponse()
+
+    async def Close(self, request: wire.CloseRequest, context: Any) -> wire.CloseResponse:
+        session = fields.session_id(request)
+        with _reachable():
+            return wire.CloseResponse(was_open=await self._store.delete(session))
+
+    async def GetInfo(self, request: wire.InfoRequest, context: Any) -> wire.InfoResponse:
+        return self._info
+
+
+@asynccontextmanager
+async def serving(settings: GeneralistSettings, engine: GeneralistEngine | None = None) -> AsyncIterator[Server]:
+    """A generalist service that is ready (the store aside), with `engine` or one that it loads; drains on exit."""
+    metrics = Metrics()
+    readiness = Readiness(model="loading", store="not asked yet")
+    store = Store(settings.redis_url.get_secret_value(), ttl=settings.conditioning_ttl, timeout=settings.redis_timeout)
+    endpoints = Server(settings, readiness, metrics)
+    async with contextlib.AsyncExitStack() as cleanup:
+        cleanup.push_async_callback(store.close)
+        await endpoints.start()
+        cleanup.push_async_callback(endpoints.stop)
+        model = engine or await asyncio.to_thread(_load, settings)
+
+        def think(glances: Sequence[Glance]) -> list[Thought]:
+            return model.think([glance.frame for glance in glances], [glance.instruction for glance in glances])
+
+        batcher = Batcher(think, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
+        cleanup.push_async_callback(batcher.close)
+        await batcher.call(think, [Glance(np.zeros((200, 200, 3), np.uint8), "warm up")])
+        readiness.meet("model")
+        heartbeat = asyncio.create_task(_watch(store, readiness, metrics))
+        cleanup.push_async_callback(_cancel, heartbeat)
+        info = describe("generalist", model.facts, ["rgb_static"])
+        await endpoints.open(GeneralistService(batcher, store, info, metrics), info)
+        cleanup.push_async_callback(endpoints.drain)
+        yield endpoints
+
+
+def run(settings: GeneralistSettings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. Blocks, in an event loop of its own."""
+    server.run(settings, serving(settings))
+
+
+def _load(settings: GeneralistSettings) -> GeneralistEngine:
+    return load_generalist(
+        settings.profile,
+        checkpoint=settings.checkpoint,
+        device=settings.device,
+        dtype=settings.dtype,
+        seed=settings.seed,
+    )
+
+
+async def _watch(store: Store, readiness: Readiness, metrics: Metrics) -> None:
+    """Keeps readiness to whether the store answers."""
+    while True:
+        try:
+            await store.ping()
+        except StoreUnavailable as error:
+            if "store" not in readiness.missing:
+                logger.warning("store lost", reason=str(error))
+            readiness.lack("store", str(error))
+            metrics.store_up.set(0)
+        else:
+            readiness.meet("store")
+            metrics.store_up.set(1)
+        await asyncio.sleep(HEARTBEAT)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    try:
+        yield
+    except StoreUnavailable as error:
+        raise Unavailable(str(error)) from error
+
+
+def _message(version: Version) -> wire.Version:
+    return wire.Version(episode=version.episode, step=version.step)

@@ -1,0 +1,174 @@
+"""The queue in front of the model: forms batches of what is waiting, fairly between sessions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, ParamSpec, TypeVar
+
+from robodual.serving.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from robodual.serving.metrics import Metrics
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Done(Generic[Answer]):
+    """An answer, the seconds that it waited and the seconds that its batch took."""
+
+    answer: Answer
+    queued: float
+    computed: float
+
+
+@dataclass(eq=False)
+class _Ticket(Generic[Item, Answer]):
+    item: Item
+    session: str
+    deadline: float | None
+    queued_at: float
+    done: asyncio.Future[Done[Answer]]
+
+
+class Batcher(Generic[Item, Answer]):
+    """Runs `work` on batches in one thread of its own, which also loads the model and runs whatever else needs it.
+
+    A batch is what is waiting when the thread is free: at most `max_batch` items, a session's second only after every
+    other session's first. There is no wait for a batch to fill. Items whose caller was cancelled or whose deadline has
+    passed are dropped before they cost compute. Where a batch raises, its items run one by one, so that a bad one
+    fails alone.
+    """
+
+    def __init__(
+        self, work: Callable[[Sequence[Item]], Sequence[Answer]], *, max_batch: int, max_queue: int, metrics: Metrics
+    ) -> None:
+        self._work = work
+        self._max_batch = max_batch
+        self._max_queue = max_queue
+        self._metrics = metrics
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._waiting: OrderedDict[str, deque[_Ticket[Item, Answer]]] = OrderedDict()
+        self._count = 0
+        self._wake = asyncio.Event()
+        self._closed = False
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._serve())
+
+    async def submit(self, item: Item, *, session: str, deadline: float | None = None) -> Done[Answer]:
+        """The answer to `item`. `deadline` is a time of the event loop's clock.
+
+        Raises `ResourceExhausted` if the queue is full (a session that fills it gives way to others),
+        `DeadlineExceeded` if the deadline passes in the queue, `Unavailable` if the service shuts down, and what
+        `work` raises.
+        """
+        if self._closed:
+            raise Unavailable("the service is shutting down")
+        if self._count >= self._max_queue:
+            self._make_room(session)
+        ticket = _Ticket[Item, Answer](item, session, deadline, self._loop.time(), self._loop.create_future())
+        self._waiting.setdefault(session, deque()).append(ticket)
+        self._resize(1)
+        self._wake.set()
+        try:
+            return await ticket.done
+        except asyncio.CancelledError:
+            self._withdraw(ticket)
+            raise
+
+    async def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs `function` in the model's thread, between batches."""
+        return await self._loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
+
+    async def close(self) -> None:
+        """Fails what waits with `Unavailable` and ends the thread after the batch it is in."""
+        self._closed = True
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        for tickets in self._waiting.values():
+            for ticket in tickets:
+                if not ticket.done.done():
+                    ticket.done.set_exception(Unavailable("the service is shutting down"))
+        self._waiting.clear()
+        self._resize(-self._count)
+        await asyncio.to_thread(self._thread.shutdown)
+
+    async def _serve(self) -> None:
+        while True:
+            batch = self._take()
+            if not batch:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._metrics.batch_size.observe(len(batch))
+            started = self._loop.time()
+            try:
+                answers = await self._loop.run_in_executor(self._thread, self._compute, [t.item for t in batch])
+            except asyncio.CancelledError:
+                for ticket in batch:
+                    if not ticket.done.done():
+                        ticket.done.set_exception(Unavailable("the service is shutting down"))
+                raise
+            computed = self._loop.time() - started
+            for ticket, answer in zip(batch, answers, strict=True):
+                if ticket.done.done():
+                    continue
+                if isinstance(answer, Exception):
+                    ticket.done.set_exception(answer)
+                else:
+                    ticket.done.set_result(Done(answer, started - ticket.queued_at, computed))
+
+    def _take(self) -> list[_Ticket[Item, Answer]]:
+        """The next batch: one item of each session in turn, those that are past their time left out."""
+        batch: list[_Ticket[Item, Answer]] = []
+        now = self._loop.time()
+        while self._waiting and len(batch) < self._max_batch:
+            session, tickets = self._waiting.popitem(last=False)
+            ticket = tickets.popleft()
+            if tickets:
+                self._waiting[session] = tickets
+            self._resize(-1)
+            if ticket.deadline is not None and ticket.deadline <= now:
+                self._metrics.dropped.inc()
+                ticket.done.set_exception(DeadlineExceeded("the deadline passed while the request waited"))
+            else:
+                batch.append(ticket)
+        return batch
+
+    def _compute(self, items: list[Item]) -> list[Answer | Exception]:
+        """An answer or an exception for each item; runs in the thread."""
+        try:
+            answers = list(self._work(items))
+            if len(answers) != len(items):
+                raise RuntimeError(f"the model gave {len(answers)} answers to {len(items)} requests")
+        except Exception as error:
+            return [error] if len(items) == 1 else [answer for item in items for answer in self._compute([item])]
+        return [*answers]
+
+    def _make_room(self, session: str) -> None:
+        """Turns away the newest item of the session that waits most, or raises if that is the caller's."""
+        own = len(self._waiting.get(session, ()))
+        heaviest = max(self._waiting.values(), key=len)
+        if len(heaviest) <= own + 1:
+            raise ResourceExhausted(f"the queue is full: {self._count} requests wait for the model; retry later")
+        ticket = heaviest[-1]
+        self._withdraw(ticket)
+        ticket.done.set_exception(ResourceExhausted("the queue is full, and this session waits most; retry later"))
+
+    def _withdraw(self, ticket: _Ticket[Item, Answer]) -> None:
+        tickets = self._waiting.get(ticket.session, deque())
+        if ticket in tickets:
+            tickets.remove(ticket)
+            if not tickets:
+                del self._waiting[ticket.session]
+            self._resize(-1)
+            self._metrics.dropped.inc()
+
+    def _resize(self, change: int) -> None:
+        self._count += change
+        self._metrics.queue_depth.set(self._count)

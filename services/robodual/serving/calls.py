@@ -1,0 +1,97 @@
+"""Around every call: errors become statuses in this one place, answers are counted, calls in flight are known."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+import structlog
+
+from robodual.serving.errors import ServiceError
+from robodual.serving.metrics import Metrics
+
+logger = structlog.get_logger(__name__)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Turns `ServiceError` into its status, and anything unexpected into INTERNAL with an id that the log explains."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def idle(self) -> None:
+        """Returns when no call is in flight."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(details)
+        _, service, method = details.method.split("/", 2)
+        if handler is None or not service.startswith("robodual."):
+            return handler
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream(method, handler.stream_stream), handler.request_deserializer, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(method, handler.unary_unary), handler.request_deserializer, handler.response_serializer
+        )
+
+    def _unary(self, method: str, answer: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def guarded(request: Any, context: Any) -> Any:
+            with self._counted():
+                try:
+                    response = await answer(request, context)
+                except Exception as error:
+                    await self._abort(method, error, context)
+                else:
+                    self._metrics.requests.labels(method, "OK").inc()
+                    return response
+
+        return guarded
+
+    def _stream(
+        self, method: str, answers: Callable[[Any, Any], AsyncIterator[Any]]
+    ) -> Callable[[Any, Any], AsyncIterator[Any]]:
+        async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
+            with self._counted():
+                try:
+                    async for response in answers(requests, context):
+                        self._metrics.requests.labels(method, "OK").inc()
+                        yield response
+                except Exception as error:
+                    await self._abort(method, error, context)
+
+        return guarded
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._active += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
+
+    async def _abort(self, method: str, error: Exception, context: Any) -> None:
+        if isinstance(error, ServiceError):
+            code, message = error.code, str(error)
+            logger.info("refused", method=method, code=code.name, message=message)
+        else:
+            identity = uuid.uuid4().hex[:12]
+            code, message = grpc.StatusCode.INTERNAL, f"internal error {identity}; the service's log has the details"
+            logger.error("failed", method=method, error_id=identity, exc_info=error)
+        self._metrics.requests.labels(method, code.name).inc()
+        await context.abort(code, message)

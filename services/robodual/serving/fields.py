@@ -1,0 +1,43 @@
+"""Checks of request fields that both services make."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from robodual.serving.errors import InvalidArgument
+from robodual.serving.images import decode_image, is_compressed
+from robodual_client import wire
+
+_SESSION = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def session_id(request: Any) -> str:
+    """The request's session, which the log's lines carry from here on. Raises `InvalidArgument`."""
+    session: str = request.session_id
+    if not _SESSION.fullmatch(session):
+        raise InvalidArgument("session_id: expected 1 to 64 characters of [A-Za-z0-9_.-]")
+    structlog.contextvars.bind_contextvars(session=session)
+    if "episode" in request.DESCRIPTOR.fields_by_name:
+        structlog.contextvars.bind_contextvars(episode=request.episode)
+    if "step" in request.DESCRIPTOR.fields_by_name:
+        structlog.contextvars.bind_contextvars(step=request.step)
+    return session
+
+
+async def image(message: Any, name: str, *, field: str, sides: range) -> NDArray[np.uint8]:
+    """The image `name` of `message` as uint8 [H, W, 3]. Raises `InvalidArgument`."""
+    if not message.HasField(name):
+        raise InvalidArgument(f"{field}: is missing")
+    value: wire.Image = getattr(message, name)
+    try:
+        if is_compressed(value):
+            return await asyncio.to_thread(decode_image, value, field=field, sides=sides)
+        return decode_image(value, field=field, sides=sides)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error

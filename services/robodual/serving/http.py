@@ -1,0 +1,120 @@
+"""The HTTP side of a service: health, readiness, metrics and what is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Response
+from google.protobuf.json_format import MessageToDict
+
+import robodual
+from robodual.serving.auth import Authenticator
+from robodual.serving.metrics import Metrics
+from robodual.serving.readiness import Readiness
+from robodual_client import wire
+
+
+def application(
+    readiness: Readiness,
+    metrics: Metrics,
+    authenticator: Authenticator,
+    info: Callable[[], wire.InfoResponse | None],
+) -> FastAPI:
+    """`/healthz` and `/readyz` for anyone, `/metrics`, `/info` and `/openapi.json` for those with a token."""
+    app = FastAPI(title="RoboDual Serve", version=robodual.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+
+    def authorized(authorization: Annotated[str | None, Header()] = None) -> None:
+        if not authenticator.accepts(authorization):
+            raise HTTPException(
+                401, "expected the header 'Authorization: Bearer TOKEN'", {"WWW-Authenticate": "Bearer"}
+            )
+
+    guarded = APIRouter(
+        dependencies=[Depends(authorized)], responses={401: {"description": "no token, or a wrong one"}}
+    )
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """200 while the process serves."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", responses={503: {"description": "not ready; `missing` says why"}})
+    async def readyz(response: Response) -> dict[str, Any]:
+        """200 while the model is loaded and warm, the store answers and the service is not draining; else 503."""
+        if not readiness.ready:
+            response.status_code = 503
+        return {"ready": readiness.ready, "missing": readiness.missing}
+
+    @guarded.get("/metrics", response_class=Response)
+    async def exposition() -> Response:
+        """Metrics in Prometheus' text format."""
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @guarded.get("/info", responses={503: {"description": "the model is not loaded yet"}})
+    async def what_is_loaded() -> dict[str, Any]:
+        """What GetInfo answers."""
+        message = info()
+        if message is None:
+            raise HTTPException(503, "the model is not loaded yet")
+        return MessageToDict(message, preserving_proto_field_name=True)
+
+    @guarded.get("/openapi.json", include_in_schema=False)
+    async def schema() -> dict[str, Any]:
+        return app.openapi()
+
+    app.include_router(guarded)
+    return app
+
+
+class HttpServer:
+    """Uvicorn in the event loop that is running, on a socket that is bound from the start."""
+
+    def __init__(
+        self, app: FastAPI, host: str, port: int, *, certificate: Path | None = None, key: Path | None = None
+    ) -> None:
+        """Port 0 takes a free one. Raises `OSError` if the address is taken."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind((host, port))
+        self.port: int = self._socket.getsockname()[1]
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            ws="none",
+            limit_concurrency=64,
+            timeout_graceful_shutdown=1,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
+        )
+        self._server = _Uvicorn(config)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started and not self._task.done():
+            await asyncio.sleep(0.005)
+        if self._task.done():
+            await self._task
+
+    async def stop(self) -> None:
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+        self._socket.close()
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals to the service, which drains gRPC first."""
+        yield

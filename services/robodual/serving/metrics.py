@@ -1,0 +1,45 @@
+"""Prometheus metrics of one service."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+STEPS = (0, 1, 2, 4, 7, 8, 16, 32, 64)
+BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+class Metrics:
+    """The metrics of one service, in a registry of their own, so that several services can share a process."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "robodual_requests", "Answers by method and status.", ["method", "code"], registry=registry
+        )
+        self.stages = Histogram(
+            "robodual_stage_seconds", "Time in each stage of a request.", ["stage"], buckets=SECONDS, registry=registry
+        )
+        self.queue_depth = Gauge("robodual_queue_depth", "Requests that wait for the model.", registry=registry)
+        self.batch_size = Histogram(
+            "robodual_batch_size", "Requests in one pass of the model.", buckets=BATCHES, registry=registry
+        )
+        self.dropped = Counter(
+            "robodual_dropped", "Requests cancelled or expired before they cost compute.", registry=registry
+        )
+        self.sessions = Gauge("robodual_sessions", "Open sessions.", registry=registry)
+        self.conditioning_age = Histogram(
+            "robodual_conditioning_age_steps", "Age of the conditioning used.", buckets=STEPS, registry=registry
+        )
+        self.degraded = Counter("robodual_degraded_answers", "Answers marked as degraded.", registry=registry)
+        self.malformed = Counter(
+            "robodual_malformed_tokens", "Decoded tokens that did not fit the action layout.", registry=registry
+        )
+        self.refused_records = Counter(
+            "robodual_refused_records", "Conditioning records that could not be read.", registry=registry
+        )
+        self.store_up = Gauge("robodual_store_up", "1 while the conditioning store answers.", registry=registry)
+
+    def exposition(self) -> bytes:
+        """All of them in Prometheus' text format."""
+        return generate_latest(self.registry)

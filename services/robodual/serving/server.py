@@ -1,0 +1,163 @@
+"""The endpoints of a service: gRPC with health, reflection, authentication and limits; HTTP beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from robodual.serving.auth import Authenticator, AuthInterceptor
+from robodual.serving.calls import CallInterceptor
+from robodual.serving.http import HttpServer, application
+from robodual.serving.logging import configure
+from robodual.serving.metrics import Metrics
+from robodual.serving.readiness import Readiness
+from robodual.serving.settings import GeneralistSettings, Settings, SpecialistSettings, is_loopback
+from robodual_client import wire
+from robodual_client.wire import rpc
+
+logger = structlog.get_logger(__name__)
+
+MAX_CALLS = 1024
+LAST_WORDS = 0.2  # seconds for an answer that is given to reach the wire
+
+
+class Server:
+    """One service's endpoints. HTTP answers from `start` on, so that loading can be watched; gRPC from `open` on."""
+
+    def __init__(
+        self, settings: GeneralistSettings | SpecialistSettings, readiness: Readiness, metrics: Metrics
+    ) -> None:
+        self.readiness = readiness
+        self.metrics = metrics
+        self.port = 0
+        self._settings = settings
+        self._name = {"generalist": rpc.GENERALIST, "specialist": rpc.SPECIALIST}[settings.service]
+        self._info: wire.InfoResponse | None = None
+        authenticator = Authenticator(settings.tokens)
+        app = application(readiness, metrics, authenticator, lambda: self._info)
+        self._http = HttpServer(
+            app, settings.host, settings.http_port, certificate=settings.tls_certificate, key=settings.tls_key
+        )
+        self._health = health.aio.HealthServicer()
+        # Calls first: an interceptor wraps those after it.
+        self._calls = CallInterceptor(metrics)
+        self._grpc = grpc.aio.server(
+            interceptors=[self._calls, AuthInterceptor(authenticator)],
+            options=_options(settings),
+            maximum_concurrent_rpcs=MAX_CALLS,
+        )
+        self._publisher: asyncio.Task[None] | None = None
+
+    @property
+    def http_port(self) -> int:
+        return self._http.port
+
+    async def start(self) -> None:
+        """Starts HTTP."""
+        await self._http.start()
+
+    async def open(self, servicer: object, info: wire.InfoResponse) -> None:
+        """Starts gRPC with `servicer` behind it. Raises `OSError` if the address is taken."""
+        self._info = info
+        settings = self._settings
+        self._grpc.add_generic_rpc_handlers((rpc.handler(self._name, servicer),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection((self._name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        await self._publish()
+        self._publisher = asyncio.create_task(self._keep_publishing())
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        try:
+            if settings.tls_certificate is not None and settings.tls_key is not None:
+                pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
+                self.port = self._grpc.add_secure_port(f"{host}:{settings.port}", grpc.ssl_server_credentials([pair]))
+            else:
+                self.port = self._grpc.add_insecure_port(f"{host}:{settings.port}")
+        except RuntimeError as error:
+            raise OSError(
+                f"port: cannot listen on {host}:{settings.port}; is another service running there?"
+            ) from error
+        await self._grpc.start()
+        if not is_loopback(settings.host) and settings.tls_certificate is None:
+            logger.warning("tokens and frames travel unencrypted; set tls_certificate and tls_key")
+
+    async def drain(self) -> None:
+        """Takes no new calls, lets those in flight finish for `shutdown_grace` seconds, then stops gRPC."""
+        self.readiness.lack("serving", "draining")
+        await self._publish()
+        grace = self._settings.shutdown_grace
+        stopping = asyncio.create_task(self._grpc.stop(grace))
+        # Health watchers never end by themselves: once our own calls are through, the rest is cut short.
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._calls.idle(), grace)
+        await self._grpc.stop(LAST_WORDS)
+        await stopping
+
+    async def stop(self) -> None:
+        """Stops what is left: call after `drain`."""
+        if self._publisher is not None:
+            self._publisher.cancel()
+            await asyncio.gather(self._publisher, return_exceptions=True)
+        await self._http.stop()
+
+    async def _publish(self) -> None:
+        states = health_pb2.HealthCheckResponse
+        state = states.SERVING if self.readiness.ready else states.NOT_SERVING
+        await self._health.set("", state)
+        await self._health.set(self._name, state)
+
+    async def _keep_publishing(self) -> None:
+        while True:
+            await self.readiness.change()
+            await self._publish()
+
+
+def deadline(context: Any) -> float | None:
+    """When the caller stops waiting, as a time of the event loop's clock; None if it never does."""
+    remaining: float | None = context.time_remaining()
+    return None if remaining is None else asyncio.get_running_loop().time() + remaining
+
+
+def run(settings: Settings, service: AbstractAsyncContextManager[Server]) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. Blocks; uses uvloop where it is installed."""
+    configure(settings)
+
+    async def main() -> None:
+        async with service as server:
+            # Only now: until there is something to drain, the default of ending at once is the better one.
+            told = asyncio.Event()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, told.set)
+            logger.info("ready", host=settings.host, port=server.port, http_port=server.http_port)
+            await told.wait()
+            logger.info("draining")
+        logger.info("stopped")
+
+    if sys.platform == "win32":
+        asyncio.run(main())
+    else:
+        import uvloop
+
+        uvloop.run(main())
+
+
+def _options(settings: Settings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_metadata_size", 16 * 1024),
+        # Two services on one port would share its calls between them unnoticed.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ]

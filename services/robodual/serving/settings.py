@@ -1,0 +1,141 @@
+"""What a service can be told: by argument, by environment, else the defaults here.
+
+A field of `Settings` is read from `ROBODUAL_GENERALIST_X` or `ROBODUAL_SPECIALIST_X`, else from `ROBODUAL_X`, which
+goes for both services; the fields of one service alone only from its own variables.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+SHARED_PREFIX = "ROBODUAL_"
+# Variables of the client and of each service, which are not shared settings.
+OTHERS = ("ROBODUAL_TOKEN", "ROBODUAL_CLIENT_", "ROBODUAL_GENERALIST_", "ROBODUAL_SPECIALIST_")
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseSettings):
+    """What both services share. Frozen; an unknown variable or argument is an error that names it."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_ignore_empty=True, hide_input_in_errors=True)
+
+    profile: str = "toy"
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = Field(0, description="of the weights, where there is no checkpoint")
+    host: str = "127.0.0.1"
+    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="redis://, rediss:// or unix://")
+    redis_timeout: Seconds = 2.0
+    conditioning_ttl: Seconds = Field(600.0, description="seconds that a conditioning stays in the store")
+    tokens: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="any of them opens; comma-separated")
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    insecure: bool = Field(False, description="allows a bind to other addresses than loopback without a token")
+    max_message_bytes: int = Field(16 * 2**20, ge=2**16, le=2**30)
+    max_queue: Count = Field(64, description="requests that wait for the model before more are turned away")
+    max_batch: Count = 8
+    shutdown_grace: Seconds = Field(10.0, description="seconds that requests in flight get to finish at shutdown")
+    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _split_tokens(cls, value: object) -> object:
+        return tuple(token.strip() for token in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("tokens")
+    @classmethod
+    def _check_tokens(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for token in value:
+            text = token.get_secret_value()
+            if len(text) < 16 or not text.isascii() or not text.isprintable() or " " in text:
+                raise ValueError("each token must be at least 16 printable ASCII characters without spaces")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_environment(cls, data: object) -> object:
+        check_environment(cls)
+        return data
+
+    @model_validator(mode="after")
+    def _check_exposure(self) -> Settings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key: give both or neither")
+        if not is_loopback(self.host) and not self.tokens and not self.insecure:
+            raise ValueError(
+                f"host: {self.host} can be reached from other machines; set tokens (ROBODUAL_TOKENS), "
+                "or insecure=true to serve anyone"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, EnvSettingsSource(Settings, env_prefix=SHARED_PREFIX)
+
+
+class GeneralistSettings(Settings):
+    model_config = SettingsConfigDict(env_prefix="ROBODUAL_GENERALIST_")
+    service: ClassVar[str] = "generalist"
+
+    checkpoint: Path | None = None
+    port: Port = 50051
+    http_port: Port = 8051
+
+
+class SpecialistSettings(Settings):
+    model_config = SettingsConfigDict(env_prefix="ROBODUAL_SPECIALIST_")
+    service: ClassVar[str] = "specialist"
+
+    checkpoint: Path | None = None
+    port: Port = 50052
+    http_port: Port = 8052
+    max_sessions: Count = 256
+    session_ttl: Seconds = Field(300.0, description="seconds without a request after which a session is closed")
+    max_wait: Seconds = Field(10.0, description="seconds to wait for min_conditioning where a call has no deadline")
+    degraded_age_steps: int = Field(16, ge=0, description="a conditioning older than this makes answers degraded")
+    max_age_steps: int = Field(64, ge=0, description="a conditioning older than this is not used")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, an address or a name, stands for this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_environment(kind: type[BaseSettings]) -> None:
+    """Raises `ValueError` naming the first ROBODUAL_* variable that is no setting of `kind` nor a shared one."""
+    own = str(kind.model_config.get("env_prefix") or SHARED_PREFIX)
+    for name in sorted(name.upper() for name in os.environ):
+        if name.startswith(own) and own != SHARED_PREFIX:
+            known = name.removeprefix(own).lower() in kind.model_fields
+        elif name.startswith(SHARED_PREFIX) and not name.startswith(OTHERS):
+            known = name.removeprefix(SHARED_PREFIX).lower() in Settings.model_fields
+        else:
+            continue
+        if not known:
+            raise ValueError(f"{name} is no setting; see docs/deployment.md for those there are")

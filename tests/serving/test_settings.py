@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from robodual.serving.settings import GeneralistSettings, Settings, SpecialistSettings
+
+TOKEN = "a-token-of-sixteen-or-more"
+
+
+def test_defaults_serve_this_machine_alone() -> None:
+    generalist, specialist = GeneralistSettings(), SpecialistSettings()
+    assert (generalist.host, generalist.port, generalist.http_port) == ("127.0.0.1", 50051, 8051)
+    assert (specialist.host, specialist.port, specialist.http_port) == ("127.0.0.1", 50052, 8052)
+
+
+def test_arguments_come_before_own_variables_before_shared_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBODUAL_MAX_QUEUE", "1")
+    monkeypatch.setenv("ROBODUAL_MAX_BATCH", "1")
+    monkeypatch.setenv("ROBODUAL_PROFILE", "robodual-7b")
+    monkeypatch.setenv("ROBODUAL_SPECIALIST_MAX_BATCH", "2")
+    monkeypatch.setenv("ROBODUAL_SPECIALIST_PROFILE", "toy")
+    settings = SpecialistSettings(profile="other")
+    assert (settings.max_queue, settings.max_batch, settings.profile) == (1, 2, "other")
+    assert GeneralistSettings().profile == "robodual-7b"
+
+
+@pytest.mark.parametrize("name", ["ROBODUAL_SPECIALIST_PROT", "ROBODUAL_PROFIEL", "ROBODUAL_PORT"])
+def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ValidationError, match=f"{name} is no setting"):
+        SpecialistSettings()
+
+
+def test_variables_of_the_other_service_and_of_the_client_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBODUAL_SPECIALIST_MAX_SESSIONS", "3")
+    monkeypatch.setenv("ROBODUAL_TOKEN", TOKEN)
+    assert GeneralistSettings().max_batch == 8
+    assert SpecialistSettings().max_sessions == 3
+
+
+def test_an_unknown_argument_is_an_error() -> None:
+    with pytest.raises(ValidationError, match="prot"):
+        SpecialistSettings(prot=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "robot.example"])
+def test_other_machines_are_served_only_with_a_token(host: str) -> None:
+    with pytest.raises(ValidationError, match="set tokens"):
+        GeneralistSettings(host=host)
+    GeneralistSettings(host=host, tokens=(TOKEN,))  # type: ignore[arg-type]
+    GeneralistSettings(host=host, insecure=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_loopback_needs_no_token(host: str) -> None:
+    assert GeneralistSettings(host=host).tokens == ()
+
+
+def test_tokens_come_as_a_list_and_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBODUAL_TOKENS", f"{TOKEN}, {TOKEN}-2")
+    monkeypatch.setenv("ROBODUAL_REDIS_URL", "redis://:hunter2@127.0.0.1:1/0")
+    settings: Settings = SpecialistSettings()
+    assert [token.get_secret_value() for token in settings.tokens] == [TOKEN, f"{TOKEN}-2"]
+    assert TOKEN not in repr(settings)
+    assert "hunter2" not in repr(settings)
+    assert TOKEN not in settings.model_dump_json()
+
+
+@pytest.mark.parametrize("token", ["short", "with spaces in the middle", "sixteen-characters-\n"])
+def test_a_weak_token_is_refused_without_being_shown(token: str) -> None:
+    with pytest.raises(ValidationError, match="at least 16") as failure:
+        GeneralistSettings(tokens=(token,))  # type: ignore[arg-type]
+    assert token not in str(failure.value)
+
+
+def test_half_of_a_tls_pair_is_refused() -> None:
+    with pytest.raises(ValidationError, match="both or neither"):
+        GeneralistSettings(tls_certificate=Path("certificate.pem"))
