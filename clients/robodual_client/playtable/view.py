@@ -1,0 +1,117 @@
+"""What the scripted expert sees: poses out of an observation, and where the furniture's handles are."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from robodual_client.playtable.table import BLOCK_SIZES
+
+HOME_YAW = 1.5  # radians; with it the fingers open along x, and yaws within pi of it are in the wrist's reach
+SLOPE = np.array([0.0, 0.5, math.sqrt(0.75)])  # up the cabinet's face, which rises at 60 degrees
+OUTWARD = np.array([0.0, -math.sqrt(0.75), 0.5])  # out of the face
+
+TABLE_TOP = 0.44
+SHELF_TOP = 0.441
+DRAWER_FLOOR = 0.34
+BUTTON = np.array([-0.12, -0.12, 0.484])  # the middle of its upper face, not pressed
+
+
+def wrapped(angle: float) -> float:
+    """The same angle in [-pi, pi)."""
+    return (angle + math.pi) % (2 * math.pi) - math.pi
+
+
+def downward(yaw: float, tilt: float = 0.0) -> np.ndarray:
+    """Euler angles [3] of a gripper that points down, turned by `yaw` about z, then with its fingertips tilted by
+    `tilt` radians towards the cabinet (about the world's x axis)."""
+    c, s, ct, st = math.cos(yaw), math.sin(yaw), math.cos(tilt), math.sin(tilt)
+    # Rx(tilt) @ Rz(yaw) @ Rx(pi), then read as Rz @ Ry @ Rx
+    rotation = np.array([[c, s, 0.0], [ct * s, -ct * c, st], [st * s, -st * c, -ct]])
+    return np.array(
+        [
+            math.atan2(rotation[2, 1], rotation[2, 2]),
+            -math.asin(rotation[2, 0]),
+            math.atan2(rotation[1, 0], rotation[0, 0]),
+        ]
+    )
+
+
+class Block:
+    """A block's pose: centre [3], Euler angles [3], size [3]."""
+
+    def __init__(self, name: str, pose: np.ndarray) -> None:
+        self.name = name
+        self.position, self.euler = pose[:3], pose[3:]
+        self.size = np.array(BLOCK_SIZES[name])
+
+    @property
+    def long_axis(self) -> float:
+        """The angle in [0, pi) of the longest horizontal edge, however the block has tumbled."""
+        roll, pitch, yaw = self.euler
+        cr, sr, cp, sp, cy, sy = (f(a) for a in (roll, pitch, yaw) for f in (math.cos, math.sin))
+        axes = np.array(
+            [
+                [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
+                [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr],
+            ]
+        )
+        spans = np.linalg.norm(axes, axis=0) * self.size
+        direction = axes[:, int(np.argmax(spans))]
+        return math.atan2(direction[1], direction[0]) % math.pi
+
+    def reach(self, direction: np.ndarray) -> float:
+        """Half its extent along a horizontal unit vector [2], lying flat."""
+        along = direction @ np.array([math.cos(self.long_axis), math.sin(self.long_axis)])
+        across = math.sqrt(max(0.0, 1 - along**2))
+        return float(abs(along) * self.size[0] + across * self.size[1]) / 2
+
+
+class View:
+    """The latest observation, read. `update` takes the next one."""
+
+    def __init__(self) -> None:
+        self.tool = np.zeros(3)
+        self.euler = np.zeros(3)
+        self.width = 0.0
+        self.slide = self.drawer = self.button = self.switch = 0.0
+        self.blocks: dict[str, Block] = {}
+
+    def update(self, observation: dict[str, Any]) -> None:
+        """Reads robot_obs [15] and scene_obs [24]."""
+        robot, scene = observation["robot_obs"], observation["scene_obs"]
+        self.tool, self.euler, self.width = robot[:3], robot[3:6], float(robot[6])
+        self.slide, self.drawer, self.button, self.switch = (float(value) for value in scene[:4])
+        self.blocks = {name: Block(name, pose) for name, pose in zip(BLOCK_SIZES, scene[6:].reshape(3, 6))}
+
+    @property
+    def slide_handle(self) -> np.ndarray:
+        """The middle of the sliding door's handle [3]."""
+        return np.array([0.04 - self.slide, 0.0144, 0.5703])
+
+    @property
+    def drawer_handle(self) -> np.ndarray:
+        """The middle of the drawer's handle [3]."""
+        return np.array([0.18, -0.25 - self.drawer, 0.36])
+
+    @property
+    def switch_handle(self) -> np.ndarray:
+        """The middle of the switch's bar [3]."""
+        return np.array([0.3, 0.0609, 0.4949]) + 0.054 * OUTWARD + (self.switch + 0.008) * SLOPE
+
+    def held(self) -> Block | None:
+        """The block between the fingers, if any."""
+        close = [block for block in self.blocks.values() if np.linalg.norm(block.position - self.tool) < 0.045]
+        if self.width > 0.075 or not close:
+            return None
+        return min(close, key=lambda block: float(np.linalg.norm(block.position - self.tool)))
+
+    def on_shelf(self, block: Block) -> bool:
+        """Whether it lies in the sliding cabinet."""
+        return bool(block.position[1] > 0.02 and block.position[2] > TABLE_TOP)
+
+    def in_drawer(self, block: Block) -> bool:
+        """Whether it lies in the drawer."""
+        return bool(block.position[2] < TABLE_TOP - 0.02)
