@@ -105,7 +105,7 @@ async def serving(settings: GeneralistSettings, engine: GeneralistEngine | None 
         cleanup.push_async_callback(store.close)
         await endpoints.start()
         cleanup.push_async_callback(endpoints.stop)
-        model = engine or await asyncio.to_thread(_load, settings)
+        model = await asyncio.to_thread(_load, settings) if engine is None else engine
 
         def think(glances: Sequence[Glance]) -> list[Thought]:
             return model.think([glance.frame for glance in glances], [glance.instruction for glance in glances])

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -56,6 +57,7 @@ class Server:
             maximum_concurrent_rpcs=MAX_CALLS,
         )
         self._publisher: asyncio.Task[None] | None = None
+        self._end_streams: Callable[[], None] | None = None
 
     @property
     def http_port(self) -> int:
@@ -65,9 +67,15 @@ class Server:
         """Starts HTTP."""
         await self._http.start()
 
-    async def open(self, servicer: object, info: wire.InfoResponse) -> None:
-        """Starts gRPC with `servicer` behind it. Raises `OSError` if the address is taken."""
+    async def open(
+        self, servicer: object, info: wire.InfoResponse, *, end_streams: Callable[[], None] | None = None
+    ) -> None:
+        """Starts gRPC with `servicer` behind it; `end_streams` is called at the beginning of the drain.
+
+        Raises `OSError` if the address is taken.
+        """
         self._info = info
+        self._end_streams = end_streams
         settings = self._settings
         self._grpc.add_generic_rpc_handlers((rpc.handler(self._name, servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -93,6 +101,8 @@ class Server:
         """Takes no new calls, lets those in flight finish for `shutdown_grace` seconds, then stops gRPC."""
         self.readiness.lack("serving", "draining")
         await self._publish()
+        if self._end_streams is not None:
+            self._end_streams()
         grace = self._settings.shutdown_grace
         stopping = asyncio.create_task(self._grpc.stop(grace))
         # Health watchers never end by themselves: once our own calls are through, the rest is cut short.

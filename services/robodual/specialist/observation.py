@@ -1,0 +1,125 @@
+"""Requests off the wire: observations and recovery states, with every field checked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from robodual.serving import fields
+from robodual.serving.errors import InvalidArgument
+from robodual.specialist.control import ControlLoop, Recovery, Window
+from robodual.specialist.engine import Frame
+from robodual_client import tensors, wire
+
+SIDES = range(8, 1025)
+LIMIT = 1e4  # of any value, in metres or radians: far from any robot, and from overflow in 16 bits
+TACTILE = (160, 120, 6)
+STEPS = range(1, 9)
+WINDOWS: dict[int, Window] = {
+    wire.REFERENCE_WINDOW_UNSPECIFIED: "published",
+    wire.REFERENCE_WINDOW_PUBLISHED: "published",
+    wire.REFERENCE_WINDOW_AGE: "age",
+}
+WINDOW_NUMBERS: dict[Window, wire.ReferenceWindow] = {
+    "published": wire.REFERENCE_WINDOW_PUBLISHED,
+    "age": wire.REFERENCE_WINDOW_AGE,
+}
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A checked recovery state, with the frame before the step that it goes on with."""
+
+    episode: int
+    step: int
+    seed: int
+    window: Window
+    control: ControlLoop
+    previous: NDArray[np.uint8]
+
+
+async def frame(request: wire.ActRequest, sensors: Collection[str]) -> Frame:
+    """The observation. Sensors that the model does not read are not looked at. Raises `InvalidArgument`."""
+    if not request.HasField("observation"):
+        raise InvalidArgument("observation: is missing")
+    observation = request.observation
+
+    async def colour(name: str) -> NDArray[np.uint8]:
+        return await fields.image(observation, name, field=f"observation.{name}", sides=SIDES)
+
+    def depth(name: str) -> NDArray[np.float32] | None:
+        return _tensor(observation, name, "observation", np.float32, (SIDES, SIDES)) if name in sensors else None
+
+    return Frame(
+        rgb_static=await colour("rgb_static"),
+        rgb_gripper=await colour("rgb_gripper") if "rgb_gripper" in sensors else None,
+        depth_static=depth("depth_static"),
+        depth_gripper=depth("depth_gripper"),
+        rgb_tactile=(
+            _tensor(observation, "rgb_tactile", "observation", np.uint8, TACTILE) if "rgb_tactile" in sensors else None
+        ),
+        proprio=_tensor(observation, "proprio", "observation", np.float32, (7,)),
+    )
+
+
+def window(number: int, field: str) -> Window:
+    """The reference window. Raises `InvalidArgument`."""
+    if number not in WINDOWS:
+        raise InvalidArgument(f"{field}: expected PUBLISHED or AGE, got {number}")
+    return WINDOWS[number]
+
+
+async def resumption(request: wire.ActRequest) -> Resumption:
+    """The request's recovery state. Raises `InvalidArgument` if it does not fit together or with the request."""
+    state = request.recovery
+    if state.episode != request.episode:
+        raise InvalidArgument(f"recovery.episode: expected {request.episode} as in the request, got {state.episode}")
+    if state.step >= request.step:
+        raise InvalidArgument(f"recovery.step: expected a step before {request.step}, got {state.step}")
+    recovery = Recovery(
+        chunks=_tensor(state, "chunks", "recovery", np.float32, (STEPS, 8, 7)),
+        chunk_steps=_tensor(state, "chunk_steps", "recovery", np.int32, (STEPS,)),
+        history=_tensor(state, "history", "recovery", np.float32, (4, 7)),
+    )
+    try:
+        control = ControlLoop(recovery)
+    except ValueError as error:
+        raise InvalidArgument(f"recovery.{error}") from error
+    if control.last_step != state.step:
+        raise InvalidArgument(f"recovery.chunk_steps: expected {state.step} last, got {control.last_step}")
+    previous = await fields.image(request, "previous_rgb_static", field="previous_rgb_static", sides=SIDES)
+    chosen = window(state.reference_window, "recovery.reference_window")
+    return Resumption(state.episode, state.step, state.seed, chosen, control, previous)
+
+
+def recovery_state(episode: int, step: int, seed: int, chosen: Window, control: ControlLoop) -> wire.RecoveryState:
+    """What `resumption` reads."""
+    recovery = control.recovery()
+    return wire.RecoveryState(
+        episode=episode,
+        step=step,
+        seed=seed,
+        reference_window=WINDOW_NUMBERS[chosen],
+        chunks=tensors.encode(recovery.chunks),
+        chunk_steps=tensors.encode(recovery.chunk_steps),
+        history=tensors.encode(recovery.history),
+    )
+
+
+def _tensor(message: Any, name: str, parent: str, dtype: DTypeLike, shape: Sequence[tensors.Dimension]) -> NDArray[Any]:
+    field = f"{parent}.{name}"
+    if not message.HasField(name):
+        raise InvalidArgument(f"{field}: is missing")
+    try:
+        values = tensors.decode(getattr(message, name), field=field, dtype=dtype, shape=shape)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
+    # NaN compares false, so this one pass refuses it too.
+    if values.dtype.kind == "f" and not (np.abs(values) <= LIMIT).all():
+        problem = f"values within ±{LIMIT:g}" if np.isfinite(values).all() else "finite values only"
+        raise InvalidArgument(f"{field}: expected {problem}")
+    return values

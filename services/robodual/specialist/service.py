@@ -1,0 +1,321 @@
+"""The specialist over gRPC: an action for each observation, on the latest conditioning."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import structlog
+import torch
+
+from robodual.conditioning.record import Version
+from robodual.conditioning.store import Store
+from robodual.serving import fields, server
+from robodual.serving.batching import Batcher
+from robodual.serving.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from robodual.serving.info import describe
+from robodual.serving.metrics import Metrics
+from robodual.serving.readiness import Readiness
+from robodual.serving.server import Server
+from robodual.serving.settings import SpecialistSettings
+from robodual.serving.timings import Timings
+from robodual.specialist import observation
+from robodual.specialist.control import noise, reference_actions
+from robodual.specialist.engine import Answer, Frame, Request, SpecialistEngine, load_specialist
+from robodual.specialist.feed import Feed
+from robodual.specialist.sessions import Conditioned, Session, Sessions
+from robodual_client import tensors, wire
+
+logger = structlog.get_logger(__name__)
+
+PATIENCE = 0.05  # seconds that an announcement gets before the store is asked directly
+MARGIN = 0.02  # seconds before a caller's deadline at which waiting ends, so that the reason still reaches it
+DRAINING = "the service is shutting down; go on with another replica"
+
+
+class SpecialistService:
+    """The methods of `robodual.v1.Specialist`, as protos/robodual/v1/specialist.proto describes them."""
+
+    def __init__(
+        self,
+        settings: SpecialistSettings,
+        batcher: Batcher[Request, Answer],
+        sessions: Sessions,
+        feed: Feed,
+        info: wire.InfoResponse,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._batcher = batcher
+        self._sessions = sessions
+        self._feed = feed
+        self._info = info
+        self._metrics = metrics
+        self._sensors = frozenset(info.sensors)
+        self._loop = asyncio.get_running_loop()
+        self._draining = False
+        self._idle_streams: set[asyncio.Task[Any]] = set()
+
+    async def Act(self, request: wire.ActRequest, context: Any) -> wire.ActResponse:
+        return await self._act(request, server.deadline(context))
+
+    async def ActStream(
+        self, requests: AsyncIterator[wire.ActRequest], context: Any
+    ) -> AsyncIterator[wire.ActResponse]:
+        stream = asyncio.current_task()
+        if stream is None:
+            raise RuntimeError("a stream runs in a task")
+        deadline = server.deadline(context)
+        self._idle_streams.add(stream)
+        try:
+            if self._draining:
+                raise Unavailable(DRAINING)
+            async for request in requests:
+                self._idle_streams.discard(stream)
+                yield await self._act(request, deadline)
+                if self._draining:
+                    raise Unavailable(DRAINING)
+                self._idle_streams.add(stream)
+        except asyncio.CancelledError:
+            if not self._draining:
+                raise
+            raise Unavailable(DRAINING) from None
+        finally:
+            self._idle_streams.discard(stream)
+
+    async def Reset(self, request: wire.ResetRequest, context: Any) -> wire.ResetResponse:
+        identity = fields.session_id(request)
+        window = observation.window(request.reference_window, "reference_window")
+        session = self._sessions.open(identity)
+        async with session.lock:
+            episode, step = session.progress
+            if request.episode < episode:
+                raise FailedPrecondition(f"episode: the session is at episode {episode}, after {request.episode}")
+            if request.episode == episode and step >= 0:
+                raise FailedPrecondition(f"episode: {episode} has begun already; reset to a later one")
+            session.begin(request.episode, request.seed, window)
+        # Its conditioning may be there already, announced before the session was open.
+        self._feed.look(session)
+        return wire.ResetResponse()
+
+    async def Close(self, request: wire.CloseRequest, context: Any) -> wire.CloseResponse:
+        return wire.CloseResponse(was_open=self._sessions.close(fields.session_id(request)))
+
+    async def GetInfo(self, request: wire.InfoRequest, context: Any) -> wire.InfoResponse:
+        return self._info
+
+    def end_streams(self) -> None:
+        """Ends each stream after the request that it is at, and takes no new one."""
+        self._draining = True
+        for stream in self._idle_streams:
+            stream.cancel()
+
+    async def _act(self, request: wire.ActRequest, deadline: float | None) -> wire.ActResponse:
+        timings = Timings(self._metrics)
+        identity = fields.session_id(request)
+        session = self._sessions.use(identity)
+        resumption = None
+        if request.HasField("recovery"):
+            state = request.recovery
+            if session is None or (state.episode, state.step) > session.progress:
+                resumption = await observation.resumption(request)
+                session = self._sessions.open(identity)
+        if session is None:
+            raise NotFound(f"session_id: {identity} is not open here; call Reset, or send the recovery state")
+        async with session.lock:
+            if self._sessions.find(identity) is not session:
+                raise NotFound(f"session_id: {identity} was closed")
+            if resumption is not None and (resumption.episode, resumption.step) > session.progress:
+                r = resumption
+                session.resume(r.episode, r.seed, r.window, r.control, r.previous)
+                await self._feed.refresh(session)
+                logger.info("resumed", after=r.step)
+            if session.answer is not None and session.progress == (request.episode, request.step):
+                return session.answer
+            self._check_order(session, request)
+            frame = await observation.frame(request, self._sensors)
+            timings.lap("decode")
+            conditioned = await self._conditioning(session, request, deadline)
+            timings.lap("wait")
+            return await self._answer(session, request.step, frame, conditioned, deadline, timings)
+
+    async def _answer(
+        self,
+        session: Session,
+        step: int,
+        frame: Frame,
+        conditioned: Conditioned,
+        deadline: float | None,
+        timings: Timings,
+    ) -> wire.ActResponse:
+        episode, version = session.episode, conditioned.version
+        reference = reference_actions(
+            conditioned.reference_actions, conditioning_step=version.step, step=step, window=session.window
+        )
+        start = noise(session.seed, episode, step)
+        item = Request(frame, session.previous, conditioned.projected, reference, start)
+        done = await self._batcher.submit(item, session=session.identity, deadline=deadline)
+        timings.add("queue", done.queued)
+        timings.add("model", done.computed)
+        chunk = done.answer.chunk
+        if not np.isfinite(chunk).all():
+            raise RuntimeError("the model gave values that are not finite")
+        action = session.control.advance(step, chunk)
+        session.previous = done.answer.features
+        age = step - version.step
+        degraded = not self._feed.up or age > self._settings.degraded_age_steps
+        self._metrics.conditioning_age.observe(age)
+        if degraded:
+            self._metrics.degraded.inc()
+        session.answer = wire.ActResponse(
+            episode=episode,
+            step=step,
+            action=tensors.encode(action),
+            chunk=tensors.encode(chunk),
+            conditioning=wire.Version(episode=version.episode, step=version.step),
+            age=age,
+            degraded=degraded,
+            recovery=observation.recovery_state(episode, step, session.seed, session.window, session.control),
+            timings=timings.messages(),
+        )
+        return session.answer
+
+    def _check_order(self, session: Session, request: wire.ActRequest) -> None:
+        episode, step = session.progress
+        if request.episode < episode:
+            raise FailedPrecondition(f"episode: the session is at episode {episode}, after {request.episode}")
+        if request.episode > episode:
+            raise FailedPrecondition(
+                f"episode: {request.episode} has not begun; call Reset, the session is at {episode}"
+            )
+        if request.step <= step:
+            raise FailedPrecondition(f"step: the session is at step {step}; {request.step} is not after it")
+
+    async def _conditioning(self, session: Session, request: wire.ActRequest, deadline: float | None) -> Conditioned:
+        """The conditioning for this step: new enough, or what there is to say about it."""
+        step = request.step
+        least = Version(request.min_conditioning.episode, request.min_conditioning.step)
+        if least > (request.episode, step):
+            raise InvalidArgument(f"min_conditioning: expected at most this episode and step, got {tuple(least)}")
+        found = session.usable(step)
+        if request.HasField("min_conditioning"):
+            if found is None or found.version < least:
+                found = await self._await_conditioning(session, step, least, deadline)
+        elif found is None:
+            await self._feed.refresh(session)
+            found = session.usable(step)
+            if found is None:
+                reason = "" if self._feed.up else "; the conditioning store is out of reach"
+                raise FailedPrecondition(
+                    f"no conditioning of episode {session.episode} up to step {step} yet: ask the generalist for one, "
+                    f"and name it in min_conditioning to wait for it{reason}"
+                )
+        age, most = step - found.version.step, self._settings.max_age_steps
+        if age > most:
+            raise FailedPrecondition(
+                f"the conditioning is of step {found.version.step}, {age} steps ago; at most {most}"
+            )
+        return found
+
+    async def _await_conditioning(
+        self, session: Session, step: int, least: Version, deadline: float | None
+    ) -> Conditioned:
+        limit = self._loop.time() + self._settings.max_wait
+        if deadline is not None:
+            limit = min(limit, deadline - MARGIN)
+        asked = False
+        while True:
+            found = session.usable(step)
+            if found is not None and found.version >= least:
+                return found
+            left = limit - self._loop.time()
+            if left <= 0:
+                raise DeadlineExceeded(
+                    f"min_conditioning: {tuple(least)} did not arrive; newest: {tuple(session.newest)}"
+                )
+            session.arrived.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(session.arrived.wait(), left if asked else min(left, PATIENCE))
+                continue
+            if not asked:
+                asked = True
+                await asyncio.wait({asyncio.ensure_future(self._feed.refresh(session))}, timeout=left)
+
+
+@asynccontextmanager
+async def serving(settings: SpecialistSettings, engine: SpecialistEngine | None = None) -> AsyncIterator[Server]:
+    """A specialist service that is ready (the store aside), with `engine` or one that it loads; drains on exit."""
+    metrics = Metrics()
+    readiness = Readiness(model="loading", store="not subscribed yet")
+    store = Store(settings.redis_url.get_secret_value(), ttl=settings.conditioning_ttl, timeout=settings.redis_timeout)
+    sessions = Sessions(most=settings.max_sessions, ttl=settings.session_ttl, metrics=metrics)
+    endpoints = Server(settings, readiness, metrics)
+    async with contextlib.AsyncExitStack() as cleanup:
+        cleanup.push_async_callback(store.close)
+        await endpoints.start()
+        cleanup.push_async_callback(endpoints.stop)
+        model = await asyncio.to_thread(_load, settings) if engine is None else engine
+        batcher = Batcher(model.act, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
+        cleanup.push_async_callback(batcher.close)
+        await batcher.call(_warm_up, model)
+        readiness.meet("model")
+
+        async def project(hidden_states: torch.Tensor) -> Any:
+            return await batcher.call(model.project, hidden_states)
+
+        feed = Feed(store, sessions, project, readiness=readiness, metrics=metrics)
+        cleanup.push_async_callback(feed.close)
+        for work in (feed.run(), _expire(sessions, settings.session_ttl)):
+            cleanup.push_async_callback(_cancel, asyncio.create_task(work))
+        info = describe("specialist", model.facts, model.sensors)
+        service = SpecialistService(settings, batcher, sessions, feed, info, metrics)
+        await endpoints.open(service, info, end_streams=service.end_streams)
+        cleanup.push_async_callback(endpoints.drain)
+        yield endpoints
+
+
+def run(settings: SpecialistSettings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. Blocks, in an event loop of its own."""
+    server.run(settings, serving(settings))
+
+
+def _load(settings: SpecialistSettings) -> SpecialistEngine:
+    return load_specialist(
+        settings.profile,
+        checkpoint=settings.checkpoint,
+        device=settings.device,
+        dtype=settings.dtype,
+        seed=settings.seed,
+    )
+
+
+def _warm_up(model: SpecialistEngine) -> None:
+    """One step of each kind that will come: with the previous frame's features, and without."""
+    frame = Frame(
+        rgb_static=np.zeros((200, 200, 3), np.uint8),
+        rgb_gripper=np.zeros((84, 84, 3), np.uint8),
+        depth_static=np.zeros((200, 200), np.float32),
+        depth_gripper=np.zeros((84, 84), np.float32),
+        rgb_tactile=np.zeros(observation.TACTILE, np.uint8),
+        proprio=np.zeros(7, np.float32),
+    )
+    context = model.project(torch.zeros((8, model.width), dtype=torch.bfloat16))
+    chunk = np.zeros((8, 7), np.float32)
+    first = model.act([Request(frame, None, context, chunk, chunk)])[0]
+    model.act([Request(frame, first.features, context, chunk, chunk)])
+
+
+async def _expire(sessions: Sessions, ttl: float) -> None:
+    while True:
+        await asyncio.sleep(min(ttl / 4, 10.0))
+        for identity in sessions.expire():
+            logger.info("session expired", session=identity)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,136 @@
+"""The sessions that a specialist serves: what each knows of its episode, and how many there may be."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robodual.conditioning.record import Version
+from robodual.serving.errors import ResourceExhausted
+from robodual.serving.metrics import Metrics
+from robodual.specialist.control import ControlLoop, Window
+from robodual.specialist.engine import Features, Projected
+from robodual_client import wire
+
+KEPT = 2  # conditionings a session: one may be of a frame that its steps have not reached
+NEVER = Version(-1, -1)
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """A conditioning on the device, ready to be used."""
+
+    version: Version
+    projected: Projected
+    reference_actions: NDArray[np.float32]  # [8, 7], as the generalist gave it
+
+
+class Session:
+    """One robot's state: its episode, the control loop, the previous frame's features, the latest conditionings."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+        self.lock = asyncio.Lock()  # steps of a session are serial
+        self.fetching = asyncio.Lock()
+        self.arrived = asyncio.Event()
+        self.used_at = time.monotonic()
+        self.stale = False  # the store may hold a newer conditioning
+        self.following = False  # a fetch is under way
+        self.episode = 0
+        self.seed = 0
+        self.window: Window = "published"
+        self.control = ControlLoop()
+        self.previous: Features | NDArray[np.uint8] | None = None
+        self.answer: wire.ActResponse | None = None
+        self._kept: list[Conditioned] = []
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """The episode and its latest step with an action; -1 before the first."""
+        step = self.control.last_step
+        return self.episode, -1 if step is None else step
+
+    @property
+    def newest(self) -> Version:
+        """The newest conditioning at hand, of whichever episode."""
+        return self._kept[-1].version if self._kept else NEVER
+
+    def begin(self, episode: int, seed: int, window: Window) -> None:
+        """Starts `episode` at step 0."""
+        self.resume(episode, seed, window, ControlLoop(), None)
+
+    def resume(
+        self, episode: int, seed: int, window: Window, control: ControlLoop, previous: NDArray[np.uint8] | None
+    ) -> None:
+        """Goes on with `episode` where `control` is, with the static frame of the step before."""
+        self.episode, self.seed, self.window = episode, seed, window
+        self.control, self.previous, self.answer = control, previous, None
+        self._kept = [conditioned for conditioned in self._kept if conditioned.version.episode >= episode]
+
+    def keep(self, conditioned: Conditioned) -> None:
+        """Takes in a conditioning, unless it is of an episode gone by or not newer than the newest."""
+        if conditioned.version.episode >= self.episode and conditioned.version > self.newest:
+            self._kept = [*self._kept[1 - KEPT :], conditioned]
+            self.arrived.set()
+
+    def usable(self, step: int) -> Conditioned | None:
+        """The newest conditioning of this episode whose frame is not later than `step`."""
+        return next(
+            (c for c in reversed(self._kept) if c.version.episode == self.episode and c.version.step <= step), None
+        )
+
+
+class Sessions:
+    """The open sessions by name: at most `most`, each closed after `ttl` seconds without use."""
+
+    def __init__(self, *, most: int, ttl: float, metrics: Metrics) -> None:
+        self._most = most
+        self._ttl = ttl
+        self._metrics = metrics
+        self._open: dict[str, Session] = {}
+
+    def find(self, identity: str) -> Session | None:
+        return self._open.get(identity)
+
+    def all(self) -> list[Session]:
+        return list(self._open.values())
+
+    def use(self, identity: str) -> Session | None:
+        """The session, if it is open; its time begins again."""
+        session = self._open.get(identity)
+        if session is not None:
+            session.used_at = time.monotonic()
+        return session
+
+    def open(self, identity: str) -> Session:
+        """The session, opened if it is not. Raises `ResourceExhausted` if there are too many."""
+        session = self.use(identity)
+        if session is not None:
+            return session
+        if len(self._open) >= self._most:
+            self.expire()
+        if len(self._open) >= self._most:
+            raise ResourceExhausted(
+                f"session_id: all {self._most} sessions are taken; close one, or wait for one to expire"
+            )
+        session = self._open[identity] = Session(identity)
+        self._metrics.sessions.set(len(self._open))
+        return session
+
+    def close(self, identity: str) -> bool:
+        """Forgets the session; returns whether it was open."""
+        was_open = self._open.pop(identity, None) is not None
+        self._metrics.sessions.set(len(self._open))
+        return was_open
+
+    def expire(self) -> list[str]:
+        """Closes the sessions whose time is over and which have no step in progress; returns their names."""
+        before = time.monotonic() - self._ttl
+        over = [s.identity for s in self._open.values() if s.used_at < before and not s.lock.locked()]
+        for identity in over:
+            self.close(identity)
+        return over
