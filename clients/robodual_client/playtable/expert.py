@@ -10,11 +10,13 @@ import numpy as np
 from robodual_client.calvin.annotations import load
 from robodual_client.calvin.tasks import BLOCKS
 from robodual_client.playtable.skills import furniture, grasping, pushing
-from robodual_client.playtable.skills.motion import CLOSED, OPEN, Goal, Skill, hold, retreat, turn
+from robodual_client.playtable.skills.motion import CLOSED, OPEN, Goal, Skill, hold, release, retreat, turn
 from robodual_client.playtable.view import View
 
 GAIN = 0.35  # of the distance left, each step; the arm follows its target about one step late
 JERK = 0.2  # largest change of an action from one step to the next
+UNITS = np.array([0.02, 0.02, 0.02, 0.05, 0.05, 0.05])  # metres and radians of an action of 1
+AHEAD = np.array([0.06, 0.06, 0.06, 0.3, 0.3, 0.3])  # how far the arm's target may run ahead of the arm
 HOLDING = ("place_in_slider", "place_in_drawer", "stack_block")
 
 
@@ -66,6 +68,8 @@ class Expert:
         self._task = ""
         self._started = False
         self._last = np.zeros(6)
+        self._pose = np.zeros(6)
+        self._ahead = np.zeros(6)
 
     def reset(self, instruction: str) -> None:
         """Begins a task, given by its name or by its validation instruction.
@@ -79,18 +83,24 @@ class Expert:
                 f"tasks are {', '.join(SKILLS)}"
             )
         self._task, self._started = task, False
-        self._last = np.zeros(6)
+        self._last, self._ahead = np.zeros(6), np.zeros(6)
 
     def step(self, observation: dict[str, Any]) -> np.ndarray:
         """The relative action [7] for an observation with robot_obs [15] and scene_obs [24]."""
         self._view.update(observation)
         if not self._started:
-            self._skill, self._started = SKILLS[self._task](self._view), True
+            self._skill, self._started = self._begin(), True
+            self._pose = np.concatenate([self._view.tool, self._view.euler])
         goal = next(self._skill, None)
         if goal is None:  # done, and the oracle has not said so: rest above the table, or try again
             self._skill = self._rest()
             goal = next(self._skill)
         return self._servo(goal)
+
+    def _begin(self) -> Skill:
+        if self._task not in HOLDING:
+            yield from release(self._view)
+        yield from SKILLS[self._task](self._view)
 
     def _rest(self) -> Skill:
         gripper = CLOSED if self._task in HOLDING and self._view.held() else OPEN
@@ -100,10 +110,19 @@ class Expert:
         yield from hold(self._view, gripper, 1)
 
     def _servo(self, goal: Goal) -> np.ndarray:
+        # The environment adds actions to a target pose that it does not show: keep account of how far it is ahead, so
+        # that pushing against something does not carry it off.
+        pose = np.concatenate([self._view.tool, self._view.euler])
+        moved = pose - self._pose
+        moved[3:] = (moved[3:] + np.pi) % (2 * np.pi) - np.pi
+        self._pose = pose
+        self._ahead += self._last * UNITS - moved
+
         translation = (goal.position - self._view.tool) * 50 * GAIN
         translation *= min(1.0, goal.speed / max(float(np.linalg.norm(translation)), 1e-9))
         rotation = np.clip(turn(self._view, goal.euler) * 20 * GAIN, -0.8, 0.8)
         motion = np.concatenate([translation, rotation])
         motion = self._last + np.clip(motion - self._last, -JERK, JERK)
-        self._last = motion
-        return np.array([*motion, goal.gripper])
+        motion = (np.clip(self._ahead + motion * UNITS, -AHEAD, AHEAD) - self._ahead) / UNITS
+        self._last = np.clip(motion, -1.0, 1.0)
+        return np.array([*self._last, goal.gripper])

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from robodual_client.playtable.skills.furniture import slide_door
 from robodual_client.playtable.skills.motion import (
     CLOSED,
     OPEN,
@@ -48,12 +49,24 @@ def take(view: View, name: str, yaw: float, tilt: float = 0.0) -> Skill:
     euler = downward(yaw, tilt)
 
     def at(height: float) -> np.ndarray:
-        return shift(view.blocks[name].position, 0.0, -math.tan(tilt) * height, height)
+        block = view.blocks[name]
+        spot = shift(block.position, 0.0, -math.tan(tilt) * height, height)
+        if view.in_drawer(block) and abs(math.sin(yaw)) > 0.7:  # the outer finger fits between block and wall
+            spot[0] = np.clip(spot[0], 0.062, 0.298)
+        return spot
 
     yield from travel(view, at(0.1), euler, OPEN)
     yield from move(view, lambda: at(0.08), euler, OPEN, tolerance=0.02)
     yield from move(view, lambda: at(0.0), euler, OPEN, tolerance=0.006, speed=0.4)
     yield from hold(view, CLOSED, CLOSE_STEPS)
+
+
+def uncover(view: View, x: float) -> Skill:
+    """Slides the door on if it stands half in front of `x`, where the hand is to reach into the cabinet."""
+    if x < -0.1 and view.slide > 0.05:
+        yield from slide_door(view, 1)
+    elif x > -0.1 and view.slide < 0.2:
+        yield from slide_door(view, -1)
 
 
 def take_from(view: View, name: str) -> Skill:
@@ -67,6 +80,8 @@ def lift(view: View, name: str) -> Skill:
     """Takes the block and raises it, out of the cabinet if it lay there; again if it slips."""
     while True:
         inside = view.on_shelf(view.blocks[name])
+        if inside:
+            yield from uncover(view, float(view.blocks[name].position[0]))
         yield from take_from(view, name)
         up = shift(view.tool, 0.0, -0.08 if inside else 0.0, 0.1)
         yield from move(view, up, view.euler.copy(), CLOSED, speed=0.4, limit=40)

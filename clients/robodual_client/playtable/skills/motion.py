@@ -69,6 +69,13 @@ def hold(view: View, gripper: float, steps: int) -> Skill:
         yield Goal(position, euler, gripper)
 
 
+def release(view: View) -> Skill:
+    """Lets go of a block that is still held and leaves it there."""
+    if view.held() is not None:
+        yield from hold(view, OPEN, 6)
+        yield from move(view, shift(view.tool, 0, 0, 0.06), view.euler.copy(), OPEN, tolerance=0.02)
+
+
 def retreat(view: View, gripper: float) -> Skill:
     """Out of wherever the last skill ended, up to where moving sideways is safe."""
     if gripper == OPEN and view.width < 0.07:

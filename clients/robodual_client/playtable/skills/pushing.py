@@ -43,5 +43,5 @@ def push_into_drawer(view: View) -> Skill:
         if not lying:
             return
         block = min(lying, key=lambda b: abs(float(b.position[0]) - 0.18))
-        goal = np.array([np.clip(block.position[0], 0.06, 0.30), -0.30])
+        goal = np.array([np.clip(block.position[0], 0.10, 0.28), -0.30])
         yield from push_to(view, block.name, goal, 60)
