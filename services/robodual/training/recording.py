@@ -74,18 +74,26 @@ class Recording:
             DatasetError: naming the file, if it is damaged, or an array is not there or of another shape.
         """
         path = self.split / step_name(step)
-        try:
-            with path.open("rb") as stream, NpzFile(stream, allow_pickle=False) as members:
-                arrays = {name: members[name] for name in names}
-        except FileNotFoundError:
-            raise
-        except KeyError as error:
-            raise DatasetError(f"{path}: no {error.args[0]}; leave that sensor out or record it") from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise DatasetError(f"{path}: damaged or cut short ({error}); copy it again") from None
+        arrays = _members(path, names)
         for name, array in arrays.items():
             check_shape(path, name, array)
         return arrays
+
+    def read_all(self, step: int) -> dict[str, npt.NDArray[Any]]:
+        """Every array of a step, whatever its shape. Raises as `read` does."""
+        return _members(self.split / step_name(step), None)
+
+
+def _members(path: Path, names: Collection[str] | None) -> dict[str, npt.NDArray[Any]]:
+    try:
+        with path.open("rb") as stream, NpzFile(stream, allow_pickle=False) as members:
+            return {name: members[name] for name in (members.files if names is None else names)}
+    except FileNotFoundError:
+        raise
+    except KeyError as error:
+        raise DatasetError(f"{path}: no {error.args[0]}; leave that sensor out or record it") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DatasetError(f"{path}: damaged or cut short ({error}); copy it again") from None
 
 
 def check_shape(path: Path, name: str, array: npt.NDArray[Any]) -> None:

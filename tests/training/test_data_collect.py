@@ -1,0 +1,103 @@
+"""Collected demonstrations are a CALVIN data set, the same for any number of workers, and collecting can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pybullet")
+
+from robodual.training.annotations import DatasetError, read_annotations
+from robodual.training.collect import Collection, collect
+from robodual.training.dataset import CalvinDataset
+from robodual.training.examination import examine
+from robodual_client.calvin import tasks
+from robodual_client.playtable import PlayTable
+
+SENSORS = ("rgb_static", "rgb_gripper", "depth_static", "depth_gripper", "rgb_tactile", "proprio")
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Collection]:
+    split = tmp_path_factory.mktemp("playtable") / "training"
+    return split, collect(split, 2, seed=SEED, chain=1, workers=2)
+
+
+def digests(split: Path) -> dict[str, str]:
+    """Of every file; of a step, of its arrays, since a zip file knows when it was written."""
+
+    def digest(path: Path) -> str:
+        if path.suffix != ".npz":
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        with np.load(path) as arrays:
+            return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays.files))).hexdigest()
+
+    return {str(path.relative_to(split)): digest(path) for path in split.rglob("*") if path.is_file()}
+
+
+def test_a_collection_is_a_whole_calvin_data_set(collected: tuple[Path, Collection]) -> None:
+    split, found = collected
+    examination = examine(split, steps=40)
+    assert examination.faults == []
+    assert (examination.steps, examination.tasks) == (found.steps, found.tasks)
+    assert set(examination.ranges) == {
+        "rgb_static", "rgb_gripper", "rgb_tactile", "depth_static", "depth_gripper", "depth_tactile",
+        "robot_obs", "scene_obs", "actions", "rel_actions",
+    }  # fmt: skip
+    sample = CalvinDataset(split, sensors=SENSORS)[0, 3]
+    assert sample.frame.rgb_static.shape == (200, 200, 3)
+    assert sample.frame.rgb_gripper is not None
+    assert sample.frame.rgb_gripper.shape == (84, 84, 3)
+    assert (split / "statistics.yaml").exists()
+
+
+def test_replaying_the_recorded_actions_achieves_the_annotated_tasks(collected: tuple[Path, Collection]) -> None:
+    split, _ = collected
+    spans = read_annotations(split / "lang_annotations" / "auto_lang_ann.npy")
+    span = spans[0]
+    steps = [np.load(split / f"episode_{step:07d}.npz") for step in range(span.start, span.end + 1)]
+    with PlayTable(render=False) as table:
+        table.reset(steps[0]["robot_obs"], steps[0]["scene_obs"])
+        before = table.get_info()
+        achieved = []
+        for step in steps:
+            _, _, _, info = table.step(step["rel_actions"])
+            achieved.append(span.task in tasks.achieved(before, info))
+        assert any(achieved)
+
+
+def test_an_interrupted_collection_goes_on_to_the_same_files(
+    collected: tuple[Path, Collection], tmp_path: Path
+) -> None:
+    split, _ = collected
+    whole = digests(split)
+    for path in [split / "demonstrations" / "00001.json", split / "ep_start_end_ids.npy"]:
+        path.unlink()
+    next(split.glob("episode_0002*.npz")).unlink()
+    times = {path: path.stat().st_mtime_ns for path in split.glob("episode_0000*.npz")}
+    collect(split, 2, seed=SEED, chain=1, workers=1)
+    assert digests(split) == whole
+    assert {path: path.stat().st_mtime_ns for path in times} == times  # the finished one was not done again
+
+
+def test_another_seed_in_the_same_folder_is_refused(collected: tuple[Path, Collection]) -> None:
+    split, _ = collected
+    with pytest.raises(DatasetError, match="demonstrations of seed 5"):
+        collect(split, 2, seed=SEED + 1, chain=1)
+    with pytest.raises(DatasetError, match="no instruction for"):
+        collect(split, 2, seed=SEED, sentences={"open_drawer": ["open it"]})
+
+
+def test_records_say_what_was_asked_and_what_was_achieved(collected: tuple[Path, Collection]) -> None:
+    split, found = collected
+    records = [json.loads(path.read_text()) for path in sorted(split.glob("demonstrations/*.json"))]
+    assert len(records) == found.demonstrations == 2
+    assert sum(len(record["spans"]) for record in records) == found.tasks.total()
+    for record in records:
+        assert [span["task"] for span in record["spans"]] == record["tasks"][: len(record["spans"])]
+        assert not record["spans"] or record["spans"][-1]["end"] == record["last"]
