@@ -1,4 +1,4 @@
-"""Greedy decoding of one action chunk per frame, with a key-value cache, one token a forward."""
+"""Greedy decoding of one action chunk per frame, with a key-value cache and lossless speculation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from robodual.generalist.model import Generalist
-from robodual.generalist.tokens import ACTION, GENERATED
+from robodual.generalist.tokens import ACTION, CHUNK, GENERATED
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,25 @@ class _Sequence:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
+    def drop(self, count: int) -> None:
+        """Forgets the last `count` tokens."""
+        if count:
+            self.cache.crop(-count)
+            self.position = self.position - count
+            if self.mask is not None:
+                self.mask = self.mask[:, :-count]
+
 
 @torch.inference_mode()
-def decode(model: Generalist, pixels: Tensor, prompts: Sequence[Tensor], *, constrained: bool) -> Decoded:
+def decode(
+    model: Generalist,
+    pixels: Tensor,
+    prompts: Sequence[Tensor],
+    *,
+    constrained: bool,
+    drafts: Tensor | None = None,
+    window: int = GENERATED,
+) -> Decoded:
     """64 greedy tokens for each frame and prompt, and the hidden states that the specialist is conditioned on.
 
     pixels: [B, 6, S, S] and prompts: B vectors of ids (BOS first, separator last), on the model's device. Hidden states
@@ -68,43 +84,57 @@ def decode(model: Generalist, pixels: Tensor, prompts: Sequence[Tensor], *, cons
 
     Free decoding takes the best token of the whole vocabulary at every position, and an early end token does not end
     it: the layout is fixed. Constrained decoding restricts actions to the action tokens and puts separators and the end
-    where they belong; wherever the free tokens are well-formed both are the same. A separator never costs a forward of
-    its own there: it goes into the cache together with the token before it.
+    where they belong; wherever the free tokens are well-formed both are the same.
+
+    The tokens are those of one token a forward (`window` 1). A larger window feeds, after the last sure token, up to
+    window - 1 guesses in the same forward, and keeps the part that the network then says itself: separators are
+    guessed where they belong, so that they cost no forward of their own, and everything else from `drafts`, int64
+    [B, 64], the tokens that the caller expects (say, the last chunk moved on).
     """
     embeddings, mask = model.embed(pixels, prompts)
     sequence = _Sequence(model, embeddings, mask)
+    layout = _layout(model).to(embeddings.device)
+    guesses = torch.where(layout < 0, drafts, layout) if drafts is not None else layout.repeat(len(prompts), 1)
+    guessed = [drafts is not None or place % (ACTION + 1) == ACTION for place in range(GENERATED)]
+
     hidden = [sequence.prefill]
-    if constrained:
-        tokens = _constrained_tokens(model, sequence, hidden)
-    else:
-        tokens = _free_tokens(model, sequence, hidden)
+    tokens = _answers(model, sequence.prefill[:, -1:], layout[:1], constrained)  # [B, sure]
+    while (sure := tokens.shape[1]) < GENERATED:
+        ahead = 0
+        while ahead < window - 1 and sure + ahead < GENERATED - 1 and guessed[sure + ahead]:
+            ahead += 1
+        guess = guesses[:, sure : sure + ahead]
+        states = sequence.append(torch.cat([tokens[:, -1:], guess], dim=1))
+        answers = _answers(model, states, layout[sure : sure + ahead + 1], constrained)
+        right = ahead
+        forced = constrained and ahead == 1 and sure % (ACTION + 1) == ACTION
+        if ahead and not forced:  # a forced token needs no look, which would wait for the device
+            agree = (answers[:, :ahead] == guess).all(dim=0)
+            right = int(agree.cumprod(dim=0).sum())
+        sequence.drop(ahead - right)
+        hidden.append(states[:, : right + 1])
+        tokens = torch.cat([tokens, answers[:, : right + 1]], dim=1)
+
     states = torch.cat(hidden, dim=1)  # [B, T + 63, D], padding in front
     lengths = [len(prompt) + GENERATED - 1 for prompt in prompts]
     return Decoded(tokens, [row[-length:] for row, length in zip(states, lengths)], sequence.forwards)
 
 
-def _free_tokens(model: Generalist, sequence: _Sequence, hidden: list[Tensor]) -> Tensor:
-    head = model.language_model.lm_head
-    tokens = [head(hidden[-1][:, -1:]).argmax(dim=-1)]  # [B, 1] each
-    while len(tokens) < GENERATED:
-        hidden.append(sequence.append(tokens[-1]))
-        tokens.append(head(hidden[-1]).argmax(dim=-1))
-    return torch.cat(tokens, dim=1)
-
-
-def _constrained_tokens(model: Generalist, sequence: _Sequence, hidden: list[Tensor]) -> Tensor:
+def _layout(model: Generalist) -> Tensor:
+    """int64 [64]: the separators and the end where they belong, -1 in the actions' places."""
     ids = model.config.tokens
-    head = model.language_model.lm_head.weight[ids.action_start : ids.action_end]  # [256, D]
-    batch = sequence.position.shape[0]
-    separator = sequence.position.new_full((batch, 1), ids.separator)
-    tokens: list[Tensor] = []
-    while True:
-        tokens.append(F.linear(hidden[-1][:, -1:], head).argmax(dim=-1) + ids.action_start)
-        if len(tokens) == GENERATED - 1:
-            hidden.append(sequence.append(tokens[-1]))
-            return torch.cat([*tokens, torch.full_like(separator, ids.eos)], dim=1)
-        if len(tokens) % (ACTION + 1) == ACTION:
-            tokens.append(separator)
-            hidden.append(sequence.append(torch.cat(tokens[-2:], dim=1)))
-        else:
-            hidden.append(sequence.append(tokens[-1]))
+    places = torch.full((CHUNK, ACTION + 1), -1)
+    places[:, ACTION] = ids.separator
+    places[-1, ACTION] = ids.eos
+    return places.view(GENERATED)
+
+
+def _answers(model: Generalist, hidden: Tensor, layout: Tensor, constrained: bool) -> Tensor:
+    """The greedy tokens [B, N] after hidden states [B, N, D], for the N places of a chunk that `layout` describes."""
+    head = model.language_model.lm_head
+    if not constrained:
+        best: Tensor = head(hidden).argmax(dim=-1)
+        return best
+    ids = model.config.tokens
+    actions = F.linear(hidden, head.weight[ids.action_start : ids.action_end]).argmax(dim=-1) + ids.action_start
+    return torch.where(layout < 0, actions, layout)

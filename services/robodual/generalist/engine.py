@@ -18,7 +18,7 @@ from robodual.generalist.checkpoint import read_checkpoint
 from robodual.generalist.decoding import decode
 from robodual.generalist.model import Generalist, build, randomise
 from robodual.generalist.processor import Processor
-from robodual.generalist.tokens import byte_tokenizer, decode_actions
+from robodual.generalist.tokens import ACTION, CHUNK, byte_tokenizer, decode_actions, encode_actions
 from robodual.generalist.weights import load_weights
 from robodual.profiles import PROFILES
 
@@ -49,23 +49,36 @@ class GeneralistEngine:
         self.constrained = constrained
         self.width = model.config.language.width
 
-    def think(self, frames: Sequence[npt.NDArray[np.uint8]], instructions: Sequence[str]) -> list[Thought]:
+    def think(
+        self,
+        frames: Sequence[npt.NDArray[np.uint8]],
+        instructions: Sequence[str],
+        drafts: Sequence[npt.NDArray[np.floating] | None] = (),
+    ) -> list[Thought]:
         """One thought per pair of frame (uint8 [H, W, 3], any size) and instruction.
 
-        The answer for one pair does not depend on the others. Raises ValueError if a frame has another shape or type.
+        The answer for one pair does not depend on the others. drafts: for each pair the chunk [8, 7] that is expected,
+        or None; a good one saves forwards and none changes an answer. Raises ValueError if a frame has another shape or
+        type, or the lengths differ.
         """
         if len(frames) != len(instructions):
             raise ValueError(f"instructions: expected {len(frames)}, one for each frame, got {len(instructions)}")
         for frame in frames:
             if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
                 raise ValueError(f"rgb_static: expected uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}")
-        device = self.model.device
+        if drafts and len(drafts) != len(frames):
+            raise ValueError(f"drafts: expected {len(frames)}, one for each frame, got {len(drafts)}")
+        device, tokens = self.model.device, self.model.config.tokens
         pixels = self.processor.pixels(frames).to(device, self.model.dtype)
         prompts = [torch.tensor(self.processor.prompt(instruction), device=device) for instruction in instructions]
-        decoded = decode(self.model, pixels, prompts, constrained=self.constrained)
+        expected = None
+        if any(draft is not None for draft in drafts):
+            rows = [encode_actions(np.zeros((CHUNK, ACTION)) if draft is None else draft, tokens) for draft in drafts]
+            expected = torch.from_numpy(np.stack(rows)).to(device)
+        decoded = decode(self.model, pixels, prompts, constrained=self.constrained, drafts=expected)
         thoughts = []
         for ids, hidden in zip(decoded.tokens.cpu().numpy(), decoded.hidden):
-            actions, malformed = decode_actions(ids, self.model.config.tokens)
+            actions, malformed = decode_actions(ids, tokens)
             thoughts.append(Thought(actions, hidden.to("cpu", torch.bfloat16), malformed))
         return thoughts
 
