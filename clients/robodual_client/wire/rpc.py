@@ -6,6 +6,7 @@ from typing import Any, Callable
 
 import grpc
 from google.protobuf import message_factory
+from google.protobuf.message import Message
 
 from robodual_client import wire
 
@@ -16,15 +17,15 @@ SPECIALIST = "robodual.v1.Specialist"
 class Stub:
     """One attribute per method of `service` (GENERALIST or SPECIALIST), callable as grpc's own stubs are.
 
-    `channel` is a `grpc.Channel` or a `grpc.aio.Channel`.
+    `channel` is a `grpc.Channel` or a `grpc.aio.Channel`. Requests may be given as messages or already serialised.
     """
 
     def __init__(self, channel: Any, service: str) -> None:
         for method, kind in _methods(service):
-            request, response = _classes(method)
+            _, response = _classes(method)
             call = getattr(channel, kind)(
                 f"/{service}/{method.name}",
-                request_serializer=request.SerializeToString,
+                request_serializer=_serialize,
                 response_deserializer=response.FromString,
             )
             setattr(self, method.name, call)
@@ -44,6 +45,10 @@ def handler(service: str, servicer: object) -> grpc.GenericRpcHandler:
             response_serializer=response.SerializeToString,
         )
     return grpc.method_handlers_generic_handler(service, handlers)
+
+
+def _serialize(request: Message | bytes) -> bytes:
+    return request if isinstance(request, bytes) else request.SerializeToString()
 
 
 def _methods(service: str) -> list[tuple[Any, str]]:

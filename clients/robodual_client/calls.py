@@ -1,0 +1,151 @@
+"""What a session wants done, as values.
+
+A session's logic is written once, as generators (plans) that yield these operations; the blocking and the asyncio
+client each run them over their own kind of gRPC.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any, Callable, Generator, Sequence, TypeVar, Union
+
+import grpc
+from google.protobuf.message import Message
+
+from robodual_client.errors import Failure
+
+FIRST_DELAY = 0.05  # seconds before a call is repeated
+LONGEST_DELAY = 2.0
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds. `act`, `condition` and `control` (Reset, GetInfo) limit one attempt of a call. `budget` is how long a
+    call that fails for want of a service (unavailable, queue full) is repeated before it is given up, and `connect` the
+    same for the first contact with each service.
+    """
+
+    act: float = 10.0
+    condition: float = 60.0
+    control: float = 10.0
+    budget: float = 30.0
+    connect: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name, seconds in vars(self).items():
+            if not seconds > 0:
+                raise ValueError(f"timeouts: {name} must be over 0 seconds, got {seconds}")
+
+
+@dataclass(frozen=True)
+class Call:
+    """Send `request`, and give its response to the plan or throw the Failure into it."""
+
+    address: str
+    service: str
+    method: str
+    request: Message | bytes  # bytes: already serialised
+    timeout: float
+
+    @property
+    def where(self) -> str:
+        return f"{self.service.rpartition('.')[2]}.{self.method} at {self.address}"
+
+
+@dataclass(frozen=True)
+class Sleep:
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Send `call` in the background, tell `landed` its response or Failure, and launch what that returns, if any."""
+
+    call: Call
+    landed: Callable[[Message | Failure], Launch | None]
+
+
+class Halt:
+    """Cancel what is in the background."""
+
+
+Operation = Union[Call, Sleep, Launch, Halt]
+T = TypeVar("T")
+Plan = Generator[Operation, Any, T]
+
+
+class Replicas:
+    """The addresses of one service, in the order in which this session tries them.
+
+    The order depends on session and addresses alone (rendezvous hashing): sessions spread evenly, a session that is
+    opened again finds its replica, and adding a replica moves no more sessions than it must.
+    """
+
+    def __init__(self, addresses: Sequence[str], session: str) -> None:
+        def rank(address: str) -> bytes:
+            return sha256(f"{session} {address}".encode()).digest()
+
+        self._addresses = sorted(addresses, key=rank)
+        self._index = 0
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+    @property
+    def current(self) -> str:
+        return self._addresses[self._index]
+
+    def advance(self) -> None:
+        self._index = (self._index + 1) % len(self._addresses)
+
+
+class Attempts:
+    """The attempts of one call at one of `replicas`, for at most `budget` seconds."""
+
+    def __init__(self, replicas: Replicas, budget: float) -> None:
+        self.failures = 0
+        self._replicas = replicas
+        self._budget = budget
+        self._start = time.monotonic()
+
+    def timeout(self, limit: float) -> float:
+        """Seconds for the next attempt: `limit`, and for a repetition no more than what the budget leaves."""
+        return limit if self.failures == 0 else max(FIRST_DELAY, min(limit, self._left()))
+
+    def failed(self, failure: Failure) -> Plan[None]:
+        """Turns to the next replica or waits, exponentially longer with jitter, when the call may be repeated.
+
+        Raises RoboDualError if it may not, or if the budget is used up.
+        """
+        self.failures += 1
+        if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            self._replicas.advance()  # for the next call: this one's time is up
+        if not failure.transient:
+            raise failure.error() from failure
+        overloaded = failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        if not overloaded:
+            self._replicas.advance()
+        delay = 0.0
+        if overloaded or self.failures >= len(self._replicas):
+            delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(self.failures - 1, 10)) * random.uniform(0.5, 1.0)
+        if delay >= self._left():
+            raise failure.error(self.failures, time.monotonic() - self._start) from failure
+        if delay:
+            yield Sleep(delay)
+
+    def _left(self) -> float:
+        return self._start + self._budget - time.monotonic()
+
+
+def repeat(replicas: Replicas, budget: float, call: Callable[[str], Call]) -> Plan[Any]:
+    """`call(address)` at the current replica, repeated as long as that may help. Raises RoboDualError."""
+    attempts = Attempts(replicas, budget)
+    while True:
+        attempt = call(replicas.current)
+        try:
+            return (yield replace(attempt, timeout=attempts.timeout(attempt.timeout)))
+        except Failure as failure:
+            yield from attempts.failed(failure)

@@ -1,0 +1,93 @@
+"""How a channel to a service is made: TLS, token, limits."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+logger = logging.getLogger(__name__)
+
+# An answer holds a chunk and a recovery state, under 8 kB; nothing that a service sends is near this.
+LARGEST_ANSWER = 1 << 20
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files. `ca` is who signed the services' certificates (default: the roots that gRPC ships); `certificate` and
+    `key` are this client's own, where the services ask for one; `name` is the host name in the services' certificates
+    where it is not the one in their address.
+    """
+
+    ca: str | Path | None = None
+    certificate: str | Path | None = None
+    key: str | Path | None = None
+    name: str | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Raises ValueError, which names the file, if one cannot be read."""
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("tls: certificate and key go together, got only one of them")
+        return grpc.ssl_channel_credentials(
+            _read(self.ca, "ca"), _read(self.key, "key"), _read(self.certificate, "certificate")
+        )
+
+
+@dataclass(frozen=True)
+class Security:
+    """What a client shows to services, and asks of them."""
+
+    token: str | None
+    tls: Tls | None
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def channel(self, grpc_module: Any, address: str) -> Any:
+        """A channel of `grpc` or of `grpc.aio` to `address`."""
+        options: list[tuple[str, Any]] = [
+            ("grpc.max_send_message_length", -1),  # the service's own limit counts
+            ("grpc.max_receive_message_length", LARGEST_ANSWER),
+            ("grpc.enable_retries", 0),  # calls.py repeats calls: within a budget, and on another replica
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+        ]
+        if _is_loopback(address):
+            options.append(("grpc.enable_http_proxy", 0))
+        elif self.token and self.tls is None:
+            logger.warning("the token travels to %s in plain text: use TLS (tls=Tls(...))", address)
+        if self.tls is None:
+            return grpc_module.insecure_channel(address, options=options)
+        if self.tls.name is not None:
+            options.append(("grpc.ssl_target_name_override", self.tls.name))
+        return grpc_module.secure_channel(address, self.tls.credentials(), options=options)
+
+
+def security(token: str | None, tls: Tls | bool) -> Security:
+    """`tls` True means the default roots. Raises ValueError for a token that cannot travel in a header."""
+    if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError("token must be printable ASCII without spaces, at least one character")
+    return Security(token, (Tls() if tls else None) if isinstance(tls, bool) else tls)
+
+
+def _read(path: str | Path | None, name: str) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"tls: {name}: {error}") from error
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

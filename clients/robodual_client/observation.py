@@ -1,0 +1,148 @@
+"""CALVIN's observation dict, checked and serialised for the wire.
+
+An observation is what CALVIN's `env.get_obs()` returns: `obs["rgb_obs"]` and `obs["depth_obs"]` by camera name, and
+`obs["robot_obs"]` [15]: TCP position (metres) and Euler angles (radians), gripper width, seven arm joints, gripper
+command.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from robodual_client.errors import InvalidObservation, ServiceMismatch
+from robodual_client.frame import Buffer, Frame, image_buffers, tensor_buffers
+from robodual_client.tensors import IMAGE_SIDES
+
+TACTILE_SHAPE = (160, 120, 6)
+# No indoor camera sees further; millimetres and centimetres show as more.
+FARTHEST = 100.0
+# No arm reaches further; millimetres show as more.
+FARTHEST_TCP = 10.0
+
+
+def encode(obs: Mapping[str, Any], sensors: Sequence[str]) -> Frame:
+    """The `sensors` (names as in InfoResponse) of a CALVIN observation, each checked and none copied.
+
+    Raises:
+        InvalidObservation: a sensor is missing or of the wrong type, shape or range; the message names it.
+        ServiceMismatch: the model reads a sensor that this client does not know.
+    """
+    if not isinstance(obs, Mapping):
+        raise InvalidObservation(f"the observation must be CALVIN's dict, got {type(obs).__name__}")
+    unknown = [sensor for sensor in sensors if sensor not in _SENSORS]
+    if unknown:
+        raise ServiceMismatch(
+            f"the model reads {', '.join(map(repr, unknown))}, which this client does not know: upgrade robodual-client"
+        )
+    # rgb_static comes first, since the generalist always wants it.
+    wanted = ["rgb_static", *(sensor for sensor in sensors if sensor != "rgb_static")]
+    missing = [_spell(_SENSORS[sensor][0]) for sensor in wanted if _find(obs, _SENSORS[sensor][0]) is None]
+    if missing:
+        raise InvalidObservation(
+            f"the observation lacks {', '.join(missing)}: the model reads {', '.join(sensors)}; "
+            "add the camera, or serve a checkpoint without it"
+        )
+    fields: dict[str, list[Buffer]] = {}
+    for sensor in wanted:
+        path, check = _SENSORS[sensor]
+        fields[sensor] = check(_find(obs, path), _spell(path))
+    return Frame(fields)
+
+
+def _image(value: Any, name: str) -> list[Buffer]:
+    array = _array(value, name)
+    if array.dtype != np.uint8:
+        advice = "scale it by 255 and convert it" if array.dtype.kind == "f" else "convert it"
+        raise InvalidObservation(f"{name}: must be uint8, got {array.dtype}: {advice}")
+    if array.ndim != 3 or array.shape[2] != 3:
+        advice = ""
+        if array.ndim == 3 and array.shape[0] == 3:
+            advice = ": transpose it, channels last"
+        elif array.ndim == 3 and array.shape[2] == 4:
+            advice = ": drop the alpha channel"
+        raise InvalidObservation(f"{name}: must be RGB [height, width, 3], got {list(array.shape)}{advice}")
+    if array.shape[0] not in IMAGE_SIDES or array.shape[1] not in IMAGE_SIDES:
+        raise InvalidObservation(
+            f"{name}: each side must be {IMAGE_SIDES.start} to {IMAGE_SIDES.stop - 1} pixels, "
+            f"got {array.shape[0]} x {array.shape[1]}"
+        )
+    return image_buffers(array)
+
+
+def _depth(value: Any, name: str) -> list[Buffer]:
+    array = _array(value, name)
+    if array.dtype.kind != "f":
+        advice = ": millimetres? divide by 1000 and convert it" if array.dtype.kind in "ui" else ""
+        raise InvalidObservation(f"{name}: must be float32 metres, got {array.dtype}{advice}")
+    if array.ndim != 2 or array.shape[0] not in IMAGE_SIDES or array.shape[1] not in IMAGE_SIDES:
+        raise InvalidObservation(
+            f"{name}: must be [height, width], {IMAGE_SIDES.start} to {IMAGE_SIDES.stop - 1} each, "
+            f"got {list(array.shape)}"
+        )
+    least, greatest = float(array.min()), float(array.max())  # NaN anywhere makes both NaN
+    if math.isnan(least) or math.isinf(greatest):
+        raise InvalidObservation(f"{name}: has values that are not finite; fill pixels without depth, with 0 say")
+    if least < 0 or greatest > FARTHEST:
+        raise InvalidObservation(
+            f"{name}: must be metres from 0 to {FARTHEST:g}, got {least:g} to {greatest:g}: is it in millimetres?"
+        )
+    return tensor_buffers(np.asarray(array, np.float32))
+
+
+def _tactile(value: Any, name: str) -> list[Buffer]:
+    array = _array(value, name)
+    if array.dtype != np.uint8 or array.shape != TACTILE_SHAPE:
+        raise InvalidObservation(
+            f"{name}: must be uint8 {list(TACTILE_SHAPE)}, both fingers' RGB, got {array.dtype} {list(array.shape)}"
+        )
+    return tensor_buffers(array)
+
+
+def _proprio(value: Any, name: str) -> list[Buffer]:
+    array = _array(value, name)
+    if array.dtype.kind != "f" or array.shape != (15,):
+        raise InvalidObservation(f"{name}: must be float [15], got {array.dtype} {list(array.shape)}")
+    proprio = np.concatenate((array[:6], array[14:15])).astype(np.float32)
+    if not np.isfinite(proprio).all():
+        raise InvalidObservation(f"{name}: has values that are not finite: {proprio.tolist()}")
+    position, angles, command = np.abs(proprio[:3]), np.abs(proprio[3:6]), proprio[6]
+    if position.max() > FARTHEST_TCP:
+        raise InvalidObservation(f"{name}[:3]: must be metres within {FARTHEST_TCP:g} of the origin, got {array[:3]}")
+    if angles.max() > 2 * math.pi + 1e-3:
+        raise InvalidObservation(f"{name}[3:6]: must be radians, within two pi, got {array[3:6]}: are they degrees?")
+    if abs(command) > 1:
+        raise InvalidObservation(f"{name}[14]: the gripper command must be -1 (closed) to 1 (open), got {command:g}")
+    return tensor_buffers(proprio)
+
+
+_SENSORS: dict[str, tuple[tuple[str, ...], Callable[[Any, str], list[Buffer]]]] = {
+    "rgb_static": (("rgb_obs", "rgb_static"), _image),
+    "rgb_gripper": (("rgb_obs", "rgb_gripper"), _image),
+    "depth_static": (("depth_obs", "depth_static"), _depth),
+    "depth_gripper": (("depth_obs", "depth_gripper"), _depth),
+    "rgb_tactile": (("rgb_obs", "rgb_tactile"), _tactile),
+    "proprio": (("robot_obs",), _proprio),
+}
+
+
+def _find(obs: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = obs
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _spell(path: tuple[str, ...]) -> str:
+    return "obs" + "".join(f'["{key}"]' for key in path)
+
+
+def _array(value: Any, name: str) -> npt.NDArray[Any]:
+    if not isinstance(value, np.ndarray):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        advice = ": use .cpu().numpy()" if kind.startswith("torch.") else ""
+        raise InvalidObservation(f"{name}: must be a NumPy array, got {kind}{advice}")
+    return value

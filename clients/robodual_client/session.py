@@ -1,0 +1,285 @@
+"""One session's state and logic, without input or output: each method is a plan (calls.py) for a transport to run."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from dataclasses import replace
+from functools import partial
+from typing import Any, Mapping, Sequence
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from robodual_client import observation, wire
+from robodual_client.answer import Answer, Conditioning, ServiceInfo
+from robodual_client.calls import Attempts, Call, Halt, Plan, Replicas, Timeouts, repeat
+from robodual_client.errors import Failure, ServiceMismatch
+from robodual_client.frame import Frame
+from robodual_client.schedule import Schedule
+from robodual_client.thinking import Thinking
+from robodual_client.wire.rpc import GENERALIST, SPECIALIST
+
+logger = logging.getLogger(__name__)
+
+LONGEST_INSTRUCTION = 512
+LAST_EPISODE = 2**32 - 1
+CLOSING = 2.0  # seconds for each call of close
+
+
+class Session:
+    def __init__(
+        self,
+        generalist: str | Sequence[str],
+        specialist: str | Sequence[str],
+        *,
+        session: str | None,
+        schedule: str,
+        seed: int,
+        timeouts: Timeouts,
+    ) -> None:
+        self.name = uuid.uuid4().hex if session is None else session
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name):
+            raise ValueError(f"session must be 1 to 64 characters of [A-Za-z0-9_.-], got {self.name!r}")
+        self.schedule = Schedule.parse(schedule)
+        self.last: Answer | None = None
+        self.episode = 0
+        self.step_number = 0
+        self._seed = _checked_seed(seed)
+        self._timeouts = timeouts
+        self._generalists = Replicas(_addresses(generalist, "generalist"), self.name)
+        self._specialists = Replicas(_addresses(specialist, "specialist"), self.name)
+        self._specialist_info: ServiceInfo | None = None
+        self._compatible: set[str] = set()  # specialists that were seen to serve the same model
+        self._opened: set[str] = set()  # specialists that hold, or held, a session of ours: for close
+        self._contacted = False
+        self._ready = False
+        self._start_episode("")
+
+    def _start_episode(self, instruction: str) -> None:
+        self._instruction = instruction
+        self.step_number = 0
+        self._reset_at: set[str] = set()  # specialists where this episode was started
+        self._answered_by = ""
+        self._recovery: wire.RecoveryState | None = None
+        self._previous: Frame | None = None
+        self._asked: tuple[int, Frame] | None = None  # the latest frame whose conditioning was waited for
+        self._conditioning: Conditioning | None = None
+        self._least: int | None = None  # the step of the least conditioning that a replica must see
+        self._thinking: Thinking | None = None
+
+    def info(self) -> Plan[dict[str, ServiceInfo]]:
+        """GetInfo of both services, by "generalist" and "specialist"."""
+        budget = self._timeouts.budget if self._contacted else self._timeouts.connect
+        infos = {}
+        for name, service, replicas in (
+            ("generalist", GENERALIST, self._generalists),
+            ("specialist", SPECIALIST, self._specialists),
+        ):
+            response = yield from repeat(replicas, budget, partial(self._info_call, service))
+            infos[name] = _checked_info(response, name, replicas.current)
+        self._contacted = True
+        return infos
+
+    def reset(self, instruction: str, episode: int | None, seed: int | None) -> Plan[None]:
+        if not isinstance(instruction, str) or not 1 <= len(instruction.strip()) <= LONGEST_INSTRUCTION:
+            raise ValueError(
+                f"instruction must be 1 to {LONGEST_INSTRUCTION} characters of text, got {instruction!r:.80}"
+            )
+        following = self.episode + 1 if episode is None else episode
+        if not self.episode < following <= LAST_EPISODE:
+            raise ValueError(f"episode must be over {self.episode}, the last one, and fit 32 bits, got {following}")
+        if seed is not None:
+            self._seed = _checked_seed(seed)
+        self._ready = False
+        yield from self._stop_thinking()
+        if self._specialist_info is None:
+            self._specialist_info = (yield from self.info())["specialist"]
+            self._compatible.add(self._specialist_info.address)
+        self.episode = following
+        self._start_episode(instruction)
+        attempts = Attempts(self._specialists, self._timeouts.budget)
+        while not self._reset_at:
+            try:
+                yield from self._admit(self._specialists.current, attempts)
+            except Failure as failure:
+                yield from attempts.failed(failure)
+        yield from repeat(self._generalists, self._timeouts.budget, partial(self._reset_call, GENERALIST))
+        self._ready = True
+
+    def step(self, obs: Mapping[str, Any]) -> Plan[npt.NDArray[np.float64]]:
+        if not self._ready or self._specialist_info is None:
+            raise RuntimeError("step: no episode has been started; call reset(instruction) first")
+        frame = observation.encode(obs, self._specialist_info.sensors)
+        step = self.step_number
+        if self._thinking is not None:
+            self._thinking.raise_error()
+        if self.schedule.waits(step) and (self._asked is None or self._asked[0] != step):
+            self._conditioning = yield from self._condition(step, frame)
+            self._asked = step, frame
+            self._least = step
+            if self.schedule.asynchronous:
+                self._thinking = Thinking(self._generalists, self._conditioning)
+        answer = yield from self._act(step, frame)
+        self._previous = frame
+        self._least = answer.conditioning_step
+        self.step_number = step + 1
+        self.last = answer
+        return answer.action.copy()
+
+    def close(self) -> Plan[None]:
+        """Stops what is in the background and lets the services forget the session, as far as they can be reached."""
+        yield from self._stop_thinking()
+        self._ready = False
+        forget = [(SPECIALIST, address) for address in sorted(self._opened)]
+        if self.episode:
+            forget.append((GENERALIST, self._generalists.current))
+        self._opened.clear()
+        for service, address in forget:
+            try:
+                yield Call(address, service, "Close", wire.CloseRequest(session_id=self.name), CLOSING)
+            except Failure as failure:
+                logger.info("session %s was not closed: %s", self.name, failure)
+
+    def _condition(self, step: int, frame: Frame) -> Plan[Conditioning]:
+        start = time.perf_counter()
+        response = yield from repeat(
+            self._generalists, self._timeouts.budget, lambda address: self._condition_call(address, step, frame)
+        )
+        return Conditioning.of(response, (time.perf_counter() - start) * 1e3)
+
+    def _act(self, step: int, frame: Frame) -> Plan[Answer]:
+        attempts = Attempts(self._specialists, self._timeouts.budget)
+        lost_at: set[str] = set()
+        conditioned_again = False
+        while True:
+            address = self._specialists.current
+            recover = attempts.failures > 0 or address != self._answered_by
+            try:
+                yield from self._admit(address, attempts)
+                request = self._act_request(step, frame, recover)
+                if attempts.failures == 0:
+                    yield from self._think(step, frame)
+                start = time.perf_counter()
+                response = yield Call(address, SPECIALIST, "Act", request, attempts.timeout(self._timeouts.act))
+            except Failure as failure:
+                if failure.code is grpc.StatusCode.NOT_FOUND and address not in lost_at:
+                    # Restarted, or the session timed out there: give it the episode's start or its recovery state.
+                    lost_at.add(address)
+                    self._reset_at.discard(address)
+                    attempts.failures += 1
+                elif failure.lacks_conditioning and not conditioned_again:
+                    # The store lost it, or it grew too old. In lock-step the same frame makes the same conditioning.
+                    conditioned_again = True
+                    yield from self._condition_again(step, frame)
+                else:
+                    yield from attempts.failed(failure)
+                continue
+            round_trip = (time.perf_counter() - start) * 1e3
+            answer = Answer.of(
+                response,
+                step=step,
+                episode=self.episode,
+                round_trip=round_trip,
+                failures=attempts.failures,
+                address=address,
+                conditioning=self._conditioning if self._thinking is None else self._thinking.latest,
+            )
+            self._answered_by = address
+            self._recovery = response.recovery if response.HasField("recovery") else None
+            return answer
+
+    def _condition_again(self, step: int, frame: Frame) -> Plan[None]:
+        if not self.schedule.asynchronous and self._asked is not None:
+            step, frame = self._asked
+        logger.warning("the specialist has no usable conditioning: asking for that of step %d again", step)
+        self._conditioning = yield from self._condition(step, frame)
+        self._least = step
+
+    def _admit(self, address: str, attempts: Attempts) -> Plan[None]:
+        """Makes sure that the specialist at `address` serves the model that this session began with, and that it
+        knows the episode if no action of it has been answered yet.
+        """
+        timeout = attempts.timeout(self._timeouts.control)
+        if address not in self._compatible:
+            assert self._specialist_info is not None
+            response = yield self._info_call(SPECIALIST, address)
+            info = _checked_info(response, "specialist", address)
+            if info.model != self._specialist_info.model:
+                raise ServiceMismatch(
+                    f"specialist at {address}: serves {info.model}, where {self._specialist_info.address} serves "
+                    f"{self._specialist_info.model}: give replicas of one model, or reset with a new client"
+                )
+            self._compatible.add(address)
+        if self.step_number == 0 and address not in self._reset_at:
+            yield replace(self._reset_call(SPECIALIST, address), timeout=timeout)
+            self._reset_at.add(address)
+        self._opened.add(address)
+
+    def _think(self, step: int, frame: Frame) -> Plan[None]:
+        if self._thinking is None:
+            return
+        launch = self._thinking.offer(step, lambda: self._condition_call(self._generalists.current, step, frame))
+        if launch is not None:
+            yield launch
+
+    def _stop_thinking(self) -> Plan[None]:
+        if self._thinking is not None:
+            self._thinking.stop()
+            yield Halt()
+            self._thinking = None
+
+    def _act_request(self, step: int, frame: Frame, recover: bool) -> bytes:
+        head = wire.ActRequest(session_id=self.name, episode=self.episode, step=step)
+        if self._least is not None:
+            head.min_conditioning.episode = self.episode
+            head.min_conditioning.step = self._least
+        if recover and self._recovery is not None:
+            head.recovery.CopyFrom(self._recovery)
+            return frame.act_request(head, self._previous)
+        return frame.act_request(head)
+
+    def _condition_call(self, address: str, step: int, frame: Frame) -> Call:
+        head = wire.ConditionRequest(
+            session_id=self.name, episode=self.episode, step=step, instruction=self._instruction
+        )
+        return Call(address, GENERALIST, "Condition", frame.condition_request(head), self._timeouts.condition)
+
+    def _reset_call(self, service: str, address: str) -> Call:
+        request = wire.ResetRequest(
+            session_id=self.name,
+            episode=self.episode,
+            seed=self._seed,
+            reference_window=self.schedule.reference_window,
+        )
+        return Call(address, service, "Reset", request, self._timeouts.control)
+
+    def _info_call(self, service: str, address: str) -> Call:
+        return Call(address, service, "GetInfo", wire.InfoRequest(), self._timeouts.control)
+
+
+def _addresses(given: str | Sequence[str], name: str) -> list[str]:
+    addresses = [given] if isinstance(given, str) else list(given)
+    for address in addresses:
+        if not isinstance(address, str) or not re.search(r".:[0-9]{1,5}$", address):
+            raise ValueError(f"{name} must be 'host:port', or a list of these for replicas, got {address!r}")
+    if not addresses or len(set(addresses)) < len(addresses):
+        raise ValueError(f"{name} must name at least one address, and none twice, got {addresses}")
+    return addresses
+
+
+def _checked_seed(seed: int) -> int:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be 0 to 2**64 - 1, got {seed}")
+    return int(seed)
+
+
+def _checked_info(response: wire.InfoResponse, name: str, address: str) -> ServiceInfo:
+    if response.service != name:
+        raise ServiceMismatch(
+            f"{address} is a {response.service or 'nameless service'}, not a {name}: correct the address"
+        )
+    return ServiceInfo.of(response, address)
