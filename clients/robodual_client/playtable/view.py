@@ -25,18 +25,9 @@ def wrapped(angle: float) -> float:
 
 
 def downward(yaw: float, tilt: float = 0.0) -> np.ndarray:
-    """Euler angles [3] of a gripper that points down, turned by `yaw` about z, then with its fingertips tilted by
-    `tilt` radians towards the cabinet (about the world's x axis)."""
-    c, s, ct, st = math.cos(yaw), math.sin(yaw), math.cos(tilt), math.sin(tilt)
-    # Rx(tilt) @ Rz(yaw) @ Rx(pi), then read as Rz @ Ry @ Rx
-    rotation = np.array([[c, s, 0.0], [ct * s, -ct * c, st], [st * s, -st * c, -ct]])
-    return np.array(
-        [
-            math.atan2(rotation[2, 1], rotation[2, 2]),
-            -math.asin(rotation[2, 0]),
-            math.atan2(rotation[1, 0], rotation[0, 0]),
-        ]
-    )
+    """Euler angles [3] of a gripper that points down, turned by `yaw` about z, and by `tilt` radians about the axis
+    along which the fingers close: at the home yaw, the fingertips towards the cabinet."""
+    return np.array([math.pi, -tilt, yaw])
 
 
 class Block:
@@ -48,19 +39,31 @@ class Block:
         self.size = np.array(BLOCK_SIZES[name])
 
     @property
-    def long_axis(self) -> float:
-        """The angle in [0, pi) of the longest horizontal edge, however the block has tumbled."""
+    def edges(self) -> np.ndarray:
+        """Its three edges [3, 3] in metres, one a column."""
         roll, pitch, yaw = self.euler
         cr, sr, cp, sp, cy, sy = (f(a) for a in (roll, pitch, yaw) for f in (math.cos, math.sin))
-        axes = np.array(
+        rotation = np.array(
             [
                 [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
                 [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr],
+                [-sp, cp * sr, cp * cr],
             ]
         )
-        spans = np.linalg.norm(axes, axis=0) * self.size
-        direction = axes[:, int(np.argmax(spans))]
+        edges: np.ndarray = rotation * self.size
+        return edges
+
+    @property
+    def long_axis(self) -> float:
+        """The angle in [0, pi) of the longest horizontal edge, however the block has tumbled."""
+        level = self.edges[:2]
+        direction = level[:, int(np.argmax(np.linalg.norm(level, axis=0)))]
         return math.atan2(direction[1], direction[0]) % math.pi
+
+    @property
+    def bottom(self) -> float:
+        """The height of its lowest corner."""
+        return float(self.position[2] - np.abs(self.edges[2]).sum() / 2)
 
     def reach(self, direction: np.ndarray) -> float:
         """Half its extent along a horizontal unit vector [2], lying flat."""

@@ -17,7 +17,7 @@ def slide_door(view: View, direction: int) -> Skill:
     """Pushes the sliding door's handle along x with closed fingers: direction 1 to the right, -1 to the left."""
 
     def beside(gap: float) -> np.ndarray:
-        return shift(view.slide_handle, -direction * (0.032 + gap), -0.026, -0.045)
+        return shift(view.slide_handle, -direction * (0.0325 + view.width / 2 + gap), -0.026, -0.045)
 
     start = beside(0.03)
     yield from travel(view, start, HOME, CLOSED)

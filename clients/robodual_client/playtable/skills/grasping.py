@@ -23,7 +23,8 @@ from robodual_client.playtable.skills.motion import (
 from robodual_client.playtable.view import DRAWER_FLOOR, HOME_YAW, SHELF_TOP, Block, View, downward, wrapped
 
 CLOSE_STEPS = 8
-SHELF_TILT = 0.3  # radians: keeps the hand clear of the cabinet's roof
+SHELF_TILT = 0.6  # radians: keeps the hand clear of the cabinet's roof
+PLACE_TILT = 0.45  # keeps it clear of the door
 TURN = math.radians(80)
 FINGER_REACH = 0.06  # metres from the tool centre to the outside of an open finger
 
@@ -53,6 +54,8 @@ def take(view: View, name: str, yaw: float, tilt: float = 0.0) -> Skill:
         spot = shift(block.position, 0.0, -math.tan(tilt) * height, height)
         if view.in_drawer(block) and abs(math.sin(yaw)) > 0.7:  # the outer finger fits between block and wall
             spot[0] = np.clip(spot[0], 0.062, 0.298)
+        elif view.on_shelf(block):  # and the hand between the cabinet's sides
+            spot[0] = np.clip(spot[0], -0.255, 0.056)
         return spot
 
     yield from travel(view, at(0.1), euler, OPEN)
@@ -121,22 +124,27 @@ def let_go(view: View, euler: np.ndarray, out: np.ndarray) -> Skill:
 
 
 def place_in_slider(view: View) -> Skill:
-    """Puts the held block into the open side of the cabinet."""
+    """Puts the held block into the open side of the cabinet, past the door's path and beside what lies there."""
     block = view.held()
     if block is None:
         return
-    left, right = (-0.30, -0.16), (-0.04, 0.10)
-    low, high = right if view.slide > 0.14 else left
-    spot = free_spot(view, [np.array([x, 0.085]) for x in np.linspace(low, high, 5)], block.name)
-    euler = downward(HOME_YAW, SHELF_TILT)
-    offset = view.tool - block.position
-    inside = np.array([*spot, SHELF_TOP + 0.024]) + offset
-    before = shift(inside, 0.0, -0.13, 0.1)
-    yield from travel(view, before, euler, CLOSED)
-    yield from move(view, before, euler, CLOSED, tolerance=0.02)
-    yield from move(view, shift(inside, 0, -0.02, 0.05), euler, CLOSED, tolerance=0.02, speed=0.5)
-    yield from move(view, inside, euler, CLOSED, tolerance=0.005, speed=0.3, limit=40)
-    yield from let_go(view, euler, np.array([0.0, -0.03, 0.08]))
+    left = view.slide < 0.14
+    yield from uncover(view, -0.2 if left else 0.03)
+    depth = 0.045 + block.size[0] / 2  # the door's inner face passes over the shelf up to there
+    low, high = (-0.255, -0.17) if left else (-0.03, 0.056)
+    spot = free_spot(view, [np.array([x, depth]) for x in np.linspace(low, high, 6)], block.name)
+    euler = downward(HOME_YAW, PLACE_TILT)
+
+    def inside(height: float) -> np.ndarray:
+        held = view.blocks[block.name]
+        tool: np.ndarray = view.tool - held.position
+        return shift(tool, spot[0], spot[1], SHELF_TOP + height + held.position[2] - held.bottom)
+
+    yield from travel(view, inside(0.1), euler, CLOSED)
+    yield from move(view, lambda: shift(inside(0.09), 0, -0.13, 0), euler, CLOSED, tolerance=0.015)
+    yield from move(view, lambda: shift(inside(0.05), 0, -0.02, 0), euler, CLOSED, tolerance=0.015, speed=0.5)
+    yield from move(view, lambda: inside(0.003), euler, CLOSED, tolerance=0.004, speed=0.3, limit=40)
+    yield from let_go(view, euler, np.array([0.0, -0.04, 0.08]))
 
 
 def place_in_drawer(view: View) -> Skill:
