@@ -1,0 +1,467 @@
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import numpy as np
+import pytest
+import redis
+from replicas import Replica, act, action, chunk, conditioning, specialist, version
+
+from robodual.conditioning import codec
+from robodual.conditioning.record import Conditioning
+from robodual.conditioning.store import Store
+from robodual.conditioning.valkey import EmbeddedServer
+from robodual.specialist.control import noise, reference_actions
+from robodual.specialist.engine import SpecialistEngine
+from robodual_client import tensors, wire
+
+Refused = grpc.aio.AioRpcError
+KEY = "robodual:robot:conditioning"
+
+
+async def opened(replica: Replica, store: Store, session: str = "robot", **fields: object) -> None:
+    """Episode 1 of a session, with a conditioning of step 0 in the store."""
+    await replica.stub.Reset(wire.ResetRequest(session_id=session, episode=1, **fields))
+    await store.put(session, conditioning(1, 0))
+
+
+async def drive(replica: Replica, steps: range, session: str = "robot") -> list[wire.ActResponse]:
+    return [await replica.stub.Act(act(session, step, min_conditioning=version(1, 0)), timeout=30) for step in steps]
+
+
+async def status(call: object) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(Refused) as refused:
+        await call  # type: ignore[misc]
+    return refused.value.code(), refused.value.details() or ""
+
+
+async def test_an_answer_says_what_was_done_and_on_what(replica: Replica, store: Store) -> None:
+    await opened(replica, store, seed=7)
+    answers = await drive(replica, range(4))
+    last = answers[-1]
+    assert (last.episode, last.step, last.conditioning, last.age) == (1, 3, version(1, 0), 3)
+    assert not last.degraded
+    assert action(last)[-1] in (-1, 1)
+    assert {timing.stage for timing in last.timings} >= {"decode", "queue", "model", "total"}
+    assert last.recovery.seed == 7
+    assert last.recovery.reference_window == wire.REFERENCE_WINDOW_PUBLISHED
+    assert last.recovery.ByteSize() < 4096
+    history = tensors.decode(last.recovery.history, field="history", dtype=np.float32, shape=(4, 7))
+    assert np.array_equal(history, np.stack([action(answer) for answer in answers]))
+
+
+async def test_the_engine_is_given_the_cut_reference_and_the_noise_of_the_step(
+    replica: Replica, store: Store, specialist_engine: SpecialistEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    plain = specialist_engine.act
+    monkeypatch.setattr(specialist_engine, "act", lambda requests: seen.extend(requests) or plain(requests))
+    # The replica under test was built before the patch: a second one sees it.
+    async with specialist(specialist_engine, await url_of(store)) as patched:
+        seen.clear()
+        await opened(patched, store, seed=9, reference_window=wire.REFERENCE_WINDOW_AGE)
+        await drive(patched, range(2))
+    reference = conditioning(1, 0).reference_actions
+    expected = reference_actions(reference, conditioning_step=0, step=1, window="age")
+    assert np.array_equal(seen[1].reference_actions, expected)
+    assert np.array_equal(seen[1].noise, noise(9, 1, 1))
+    assert seen[0].previous is None
+    assert seen[1].previous is not None
+
+
+async def url_of(store: Store) -> str:
+    arguments = store._redis.connection_pool.connection_kwargs
+    return f"redis://:{arguments['password']}@{arguments['host']}:{arguments['port']}/0"
+
+
+async def test_the_latest_step_is_answered_again_with_the_same_bytes(replica: Replica, store: Store) -> None:
+    await opened(replica, store)
+    await drive(replica, range(2))
+    first = await replica.stub.Act(act("robot", 2))
+    await store.put("robot", conditioning(1, 2))
+    again = await replica.stub.Act(act("robot", 2))
+    assert first.SerializeToString() == again.SerializeToString()
+
+
+async def test_steps_and_episodes_only_move_forward(replica: Replica, store: Store) -> None:
+    await opened(replica, store)
+    await drive(replica, range(3))
+    for request, message in [
+        (act("robot", 1), "step: the session is at step 2"),
+        (act("robot", 9, episode=0), "episode: the session is at episode 1"),
+        (act("robot", 0, episode=2), "2 has not begun; call Reset"),
+    ]:
+        code, details = await status(replica.stub.Act(request))
+        assert (code, message in details) == (grpc.StatusCode.FAILED_PRECONDITION, True), details
+    for episode in (0, 1):
+        code, _ = await status(replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=episode)))
+        assert code == grpc.StatusCode.FAILED_PRECONDITION
+    await drive(replica, range(3, 4))
+
+
+async def test_an_episode_may_be_reset_until_its_first_action(replica: Replica, store: Store) -> None:
+    await opened(replica, store, seed=1)
+    await opened(replica, store, seed=2)
+    (answer,) = await drive(replica, range(1))
+    assert answer.recovery.seed == 2
+
+
+async def test_an_unknown_session_is_not_found(replica: Replica) -> None:
+    code, details = await status(replica.stub.Act(act("stranger", 0)))
+    assert code == grpc.StatusCode.NOT_FOUND
+    assert "stranger" in details
+
+
+async def test_a_closed_session_is_forgotten(replica: Replica, store: Store) -> None:
+    await opened(replica, store)
+    assert (await replica.stub.Close(wire.CloseRequest(session_id="robot"))).was_open
+    assert not (await replica.stub.Close(wire.CloseRequest(session_id="robot"))).was_open
+    code, _ = await status(replica.stub.Act(act("robot", 0)))
+    assert code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_without_conditioning_there_is_no_action(replica: Replica) -> None:
+    await replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=1))
+    code, details = await status(replica.stub.Act(act("robot", 0)))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "no conditioning of episode 1" in details
+
+
+async def test_act_waits_for_the_conditioning_that_it_must_see(replica: Replica, store: Store) -> None:
+    await opened(replica, store)
+    await drive(replica, range(7))
+    call = asyncio.ensure_future(replica.stub.Act(act("robot", 7, min_conditioning=version(1, 7)), timeout=30))
+    await asyncio.sleep(0.3)
+    assert not call.done()
+    await store.put("robot", conditioning(1, 7))
+    answer = await call
+    assert (answer.conditioning, answer.age) == (version(1, 7), 0)
+
+
+async def test_a_conditioning_that_does_not_come_in_time_is_named(replica: Replica, store: Store) -> None:
+    await opened(replica, store)
+    await drive(replica, range(7))
+    code, details = await status(replica.stub.Act(act("robot", 7, min_conditioning=version(1, 7)), timeout=0.4))
+    assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "min_conditioning: (1, 7)" in details
+    (answer,) = await drive(replica, range(7, 8))
+    assert answer.age == 7
+
+
+async def test_a_lost_announcement_is_made_up_for_by_one_fetch(replica: Replica, store: Store, url: str) -> None:
+    await opened(replica, store)
+    await drive(replica, range(1))
+    with redis.Redis.from_url(url) as client:
+        client.hset(KEY, mapping={"episode": 1, "step": 1, "record": codec.encode(conditioning(1, 1))})
+    answer = await replica.stub.Act(act("robot", 1, min_conditioning=version(1, 1)), timeout=10)
+    assert answer.conditioning == version(1, 1)
+
+
+async def test_older_conditioning_after_newer_changes_nothing(replica: Replica, store: Store, url: str) -> None:
+    await opened(replica, store)
+    await store.put("robot", conditioning(1, 7))
+    await replica.stub.Act(act("robot", 7, min_conditioning=version(1, 7)), timeout=10)
+    with redis.Redis.from_url(url) as client:  # past the store's own guard
+        client.hset(KEY, mapping={"episode": 1, "step": 3, "record": codec.encode(conditioning(1, 3))})
+        client.publish("robodual:conditioning", "robot 1 3")
+        client.publish("robodual:conditioning", "robot 1 8")
+    await asyncio.sleep(0.2)
+    answer = await replica.stub.Act(act("robot", 8), timeout=10)
+    assert answer.conditioning == version(1, 7)
+
+
+async def test_conditioning_of_another_episode_is_never_used(replica: Replica, store: Store) -> None:
+    await opened(replica, store)
+    await drive(replica, range(2))
+    await store.put("robot", conditioning(2, 0))
+    await asyncio.sleep(0.2)
+    answer = await replica.stub.Act(act("robot", 2), timeout=10)
+    assert answer.conditioning == version(1, 0), "the next episode's conditioning was used in this one"
+    await replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=2))
+    answer = await replica.stub.Act(act("robot", 0, episode=2), timeout=10)
+    assert answer.conditioning == version(2, 0)
+    await replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=3))
+    code, details = await status(replica.stub.Act(act("robot", 0, episode=3), timeout=10))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "episode 3" in details
+
+
+async def test_conditioning_of_a_later_frame_waits_for_its_step(replica: Replica, store: Store) -> None:
+    await opened(replica, store)
+    await drive(replica, range(5))
+    await store.put("robot", conditioning(1, 7))
+    await asyncio.sleep(0.2)
+    answers = await drive(replica, range(5, 8))
+    assert [answer.conditioning.step for answer in answers] == [0, 0, 7]
+
+
+async def test_an_old_conditioning_degrades_answers_and_then_ends_them(
+    specialist_engine: SpecialistEngine, url: str, store: Store
+) -> None:
+    async with specialist(specialist_engine, url, degraded_age_steps=2, max_age_steps=4) as replica:
+        await opened(replica, store)
+        answers = await drive(replica, range(5))
+        assert [answer.degraded for answer in answers] == [False, False, False, True, True]
+        code, details = await status(replica.stub.Act(act("robot", 5)))
+        assert code == grpc.StatusCode.FAILED_PRECONDITION
+        assert "5 steps ago; at most 4" in details
+        await store.put("robot", conditioning(1, 5))
+        answer = await replica.stub.Act(act("robot", 5, min_conditioning=version(1, 5)), timeout=10)
+        assert not answer.degraded
+
+
+async def test_the_hot_path_makes_no_redis_command(replica: Replica, store: Store, url: str) -> None:
+    await opened(replica, store)
+    await drive(replica, range(2))
+    with redis.Redis.from_url(url) as client:
+
+        def commands() -> dict[str, int]:
+            counted = client.info("commandstats")
+            idle = ("cmdstat_info", "cmdstat_ping", "cmdstat_client", "cmdstat_auth", "cmdstat_select", "cmdstat_hello")
+            return {name: stats["calls"] for name, stats in counted.items() if not name.startswith(idle)}
+
+        before = commands()
+        await drive(replica, range(2, 22))
+        assert commands() == before
+
+
+async def test_a_lost_store_degrades_answers_until_it_is_back(specialist_engine: SpecialistEngine) -> None:
+    valkey = EmbeddedServer()
+    valkey.start()
+    store = Store(valkey.url)
+    async with specialist(specialist_engine, valkey.url, redis_timeout=0.5) as replica:
+        await opened(replica, store)
+        await drive(replica, range(2))
+        assert replica.server.readiness.ready
+
+        valkey.stop()
+        await until(lambda: not replica.server.readiness.ready)
+        answers = await drive(replica, range(2, 4))
+        assert all(answer.degraded for answer in answers)
+        await replica.stub.Reset(wire.ResetRequest(session_id="late", episode=1))
+        code, details = await status(replica.stub.Act(act("late", 0), timeout=10))
+        assert code == grpc.StatusCode.FAILED_PRECONDITION
+        assert "store is out of reach" in details
+
+        valkey.start()
+        await until(lambda: replica.server.readiness.ready)
+        await store.put("robot", conditioning(1, 4))
+        answer = await replica.stub.Act(act("robot", 4, min_conditioning=version(1, 4)), timeout=10)
+        assert not answer.degraded
+    await store.close()
+    valkey.stop()
+
+
+async def until(condition: object) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.01)
+
+
+async def test_what_was_written_while_the_subscription_was_down_is_fetched(specialist_engine: SpecialistEngine) -> None:
+    valkey = EmbeddedServer()
+    valkey.start()
+    store = Store(valkey.url)
+    async with specialist(specialist_engine, valkey.url, redis_timeout=0.5) as replica:
+        await opened(replica, store)
+        await drive(replica, range(1))
+        with redis.Redis.from_url(valkey.url) as client:
+            # In one go, so that no one can be subscribed when the record is announced.
+            client.execute_command("CLIENT", "PAUSE", 600, "ALL")
+            with client.pipeline(transaction=False) as pipeline:
+                pipeline.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+                pipeline.hset(KEY, mapping={"episode": 1, "step": 1, "record": codec.encode(conditioning(1, 1))})
+                pipeline.execute()
+        await asyncio.sleep(1.5)
+        answer = await replica.stub.Act(act("robot", 1), timeout=10)
+        assert answer.conditioning == version(1, 1)
+    await store.close()
+    valkey.stop()
+
+
+async def test_a_poisoned_record_is_refused_and_the_session_goes_on(replica: Replica, store: Store, url: str) -> None:
+    await opened(replica, store)
+    await drive(replica, range(1))
+    wide = Conditioning(1, 2, conditioning(1, 2).reference_actions, conditioning(1, 2).hidden_states.repeat(1, 2))
+    with redis.Redis.from_url(url) as client:
+        for record in (b"\x80\x04junk", codec.encode(wide)):
+            client.hset(KEY, mapping={"episode": 1, "step": 1, "record": record})
+            client.publish("robodual:conditioning", "robot 1 1")
+    await until(lambda: replica.server.metrics.refused_records._value.get() >= 1)
+    answers = await drive(replica, range(1, 3))
+    assert answers[-1].conditioning == version(1, 0)
+    await store.put("robot", conditioning(1, 3))
+    answer = await replica.stub.Act(act("robot", 3, min_conditioning=version(1, 3)), timeout=10)
+    assert answer.conditioning == version(1, 3)
+
+
+async def test_a_stream_answers_in_order_and_like_single_calls(replica: Replica, store: Store) -> None:
+    await opened(replica, store, "single", seed=3)
+    await opened(replica, store, "stream", seed=3)
+    single = await drive(replica, range(6), "single")
+
+    async def requests() -> AsyncIterator[wire.ActRequest]:
+        for step in range(6):
+            yield act("stream", step, min_conditioning=version(1, 0))
+
+    streamed = [answer async for answer in replica.stub.ActStream(requests())]
+    assert [answer.step for answer in streamed] == list(range(6))
+    for one, other in zip(single, streamed, strict=True):
+        assert np.array_equal(action(one), action(other))
+
+
+async def test_the_first_failing_request_ends_a_stream(replica: Replica, store: Store) -> None:
+    await opened(replica, store)
+
+    async def requests() -> AsyncIterator[wire.ActRequest]:
+        yield act("robot", 0, min_conditioning=version(1, 0))
+        yield act("robot", 1)
+        yield act("robot", 0)
+        yield act("robot", 2)
+
+    stream = replica.stub.ActStream(requests())
+    assert [(await stream.read()).step for _ in range(2)] == [0, 1]
+    code, details = await status(stream.read())
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "step: the session is at step 1" in details
+    await drive(replica, range(2, 3))
+
+
+async def test_another_replica_carries_on_with_exactly_the_same_actions(
+    specialist_engine: SpecialistEngine, url: str, store: Store
+) -> None:
+    async with specialist(specialist_engine, url) as one, specialist(specialist_engine, url) as other:
+        await opened(one, store, seed=5)
+        undisturbed = await drive(one, range(24))
+        await store.delete("robot")
+        await other.stub.Reset(wire.ResetRequest(session_id="other", episode=1, seed=5))
+        await store.put("other", conditioning(1, 0))
+        last = undisturbed[11]
+        for step in range(12, 24):
+            request = act("other", step, min_conditioning=version(1, 0))
+            if step == 12:
+                await other.stub.Close(wire.CloseRequest(session_id="other"))
+                request.recovery.CopyFrom(last.recovery)
+                request.previous_rgb_static.CopyFrom(act("robot", 11).observation.rgb_static)
+            last = await other.stub.Act(request, timeout=30)
+            expected = undisturbed[step]
+            assert last.action == expected.action
+            assert last.chunk == expected.chunk
+            assert last.recovery == expected.recovery
+
+
+async def test_recovery_overtakes_a_replica_that_fell_behind_and_not_one_that_is_ahead(
+    specialist_engine: SpecialistEngine, url: str, store: Store
+) -> None:
+    async with specialist(specialist_engine, url) as stale, specialist(specialist_engine, url) as fresh:
+        await opened(stale, store)
+        (first, second) = await drive(stale, range(2))
+        request = act("robot", 2, min_conditioning=version(1, 0))
+        request.recovery.CopyFrom(second.recovery)
+        request.previous_rgb_static.CopyFrom(act("robot", 1).observation.rgb_static)
+        await fresh.stub.Act(request, timeout=10)
+        *_, last = await drive(fresh, range(3, 6))
+
+        request = act("robot", 6)
+        request.recovery.CopyFrom(last.recovery)
+        request.previous_rgb_static.CopyFrom(act("robot", 5).observation.rgb_static)
+        returned = await stale.stub.Act(request, timeout=10)
+        carried_on = await fresh.stub.Act(act("robot", 6), timeout=10)
+        assert returned.action == carried_on.action
+
+        request = act("robot", 7)
+        request.recovery.CopyFrom(first.recovery)
+        request.previous_rgb_static.CopyFrom(act("robot", 0).observation.rgb_static)
+        ahead = await stale.stub.Act(request, timeout=10)
+        carried_on = await fresh.stub.Act(act("robot", 7), timeout=10)
+        assert ahead.action == carried_on.action
+
+
+async def test_sessions_in_one_batch_get_the_answers_that_they_get_alone(
+    specialist_engine: SpecialistEngine, url: str, store: Store
+) -> None:
+    names = [f"robot{number}" for number in range(6)]
+    async with specialist(specialist_engine, url, max_batch=1) as single, specialist(specialist_engine, url) as batched:
+        for number, name in enumerate(names):
+            await single.stub.Reset(wire.ResetRequest(session_id=name, episode=1, seed=number))
+            await batched.stub.Reset(wire.ResetRequest(session_id=name, episode=1, seed=number))
+            await store.put(name, conditioning(1, number))
+
+        async def run(replica: Replica, name: str, number: int) -> list[wire.ActResponse]:
+            requests = [act(name, step, min_conditioning=version(1, number)) for step in range(number, number + 5)]
+            return [await replica.stub.Act(request, timeout=60) for request in requests]
+
+        alone = [await run(single, name, number) for number, name in enumerate(names)]
+        together = await asyncio.gather(*(run(batched, name, number) for number, name in enumerate(names)))
+        assert batched.server.metrics.batch_size._sum.get() > batched_count(batched), "nothing was batched"
+    for expected, answers in zip(alone, together, strict=True):
+        for one, other in zip(expected, answers, strict=True):
+            np.testing.assert_allclose(chunk(one), chunk(other), atol=1e-5)
+            np.testing.assert_allclose(action(one), action(other), atol=1e-5)
+
+
+def batched_count(replica: Replica) -> float:
+    (family,) = replica.server.metrics.batch_size.collect()
+    return next(sample.value for sample in family.samples if sample.name.endswith("_count"))
+
+
+async def test_there_are_so_many_sessions_and_idle_ones_make_room(
+    specialist_engine: SpecialistEngine, url: str
+) -> None:
+    async with specialist(specialist_engine, url, max_sessions=2, session_ttl=0.4) as replica:
+        for name in ("one", "two"):
+            await replica.stub.Reset(wire.ResetRequest(session_id=name, episode=1))
+        code, details = await status(replica.stub.Reset(wire.ResetRequest(session_id="three", episode=1)))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "all 2 sessions" in details
+        await asyncio.sleep(0.6)
+        await replica.stub.Reset(wire.ResetRequest(session_id="three", episode=1))
+        code, _ = await status(replica.stub.Act(act("one", 0)))
+        assert code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_model_that_fails_is_an_internal_error_for_its_caller_alone(
+    specialist_engine: SpecialistEngine, url: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = specialist_engine.act
+
+    def sabotaged(requests: list[object]) -> object:
+        if any(request.frame.proprio[0] == 66 for request in requests):  # type: ignore[attr-defined]
+            raise RuntimeError("a secret path and a stack trace")
+        return plain(requests)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(specialist_engine, "act", sabotaged)
+    async with specialist(specialist_engine, url) as replica:
+        for name in ("good", "bad"):
+            await opened(replica, store, name)
+        request = act("bad", 0, min_conditioning=version(1, 0))
+        request.observation.proprio.CopyFrom(tensors.encode(np.full(7, 66, np.float32)))
+        bad, good = await asyncio.gather(
+            status(replica.stub.Act(request, timeout=10)), drive(replica, range(3), "good")
+        )
+        assert bad[0] == grpc.StatusCode.INTERNAL
+        assert "secret" not in bad[1]
+        assert len(good) == 3
+        await drive(replica, range(1), "bad")
+
+
+async def test_a_drain_answers_what_is_in_flight_and_ends_streams(
+    specialist_engine: SpecialistEngine, url: str, store: Store
+) -> None:
+    async with specialist(specialist_engine, url) as replica:
+        await opened(replica, store)
+        await opened(replica, store, "stream")
+        stream = replica.stub.ActStream()
+        await stream.write(act("stream", 0, min_conditioning=version(1, 0)))
+        assert (await stream.read()).step == 0
+        call = asyncio.ensure_future(replica.stub.Act(act("robot", 0, min_conditioning=version(1, 0)), timeout=30))
+        await until(lambda: replica.server._calls._active == 2)
+        started = asyncio.get_running_loop().time()
+        await replica.server.drain()
+        assert asyncio.get_running_loop().time() - started < 5
+        assert (await call).step == 0
+        code, details = await status(stream.read())
+        assert code == grpc.StatusCode.UNAVAILABLE
+        assert "another replica" in details
+        assert not replica.server.readiness.ready
+        assert (await status(replica.stub.Act(act("robot", 1), timeout=5)))[0] == grpc.StatusCode.UNAVAILABLE
