@@ -145,13 +145,13 @@ def _pair_table(pair: Pair) -> Table:
     table = Table("process", "gRPC", "HTTP", box=None)
     for name, address in pair.addresses.items():
         table.add_row(name, address, f"http://127.0.0.1:{pair.http_ports[name]}/info")
-    table.add_row("redis", "", pair.redis_url if not pair.options.redis_url else "as given")
+    table.add_row("redis", "its own" if pair.options.redis_url is None else "as given", "")
     return table
 
 
 @app.command()
 def doctor(
-    redis_url: Annotated[str, typer.Option(envvar="ROBODUAL_REDIS_URL")] = "redis://127.0.0.1:6379/0",
+    redis_url: Annotated[str | None, typer.Option(envvar="ROBODUAL_REDIS_URL", help="Also looks at this one.")] = None,
     generalist: Annotated[str, typer.Option(help="Its host:port.")] = "127.0.0.1:50051",
     specialist: Annotated[str, typer.Option(help="Its host:port.")] = "127.0.0.1:50052",
 ) -> None:

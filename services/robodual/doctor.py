@@ -17,6 +17,7 @@ import grpc
 import redis.asyncio
 import redis.exceptions
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from robodual_client import wire
 from robodual_client.wire import rpc
@@ -32,11 +33,15 @@ class Finding:
     remedy: str = ""
 
 
-async def examine(redis_url: str, generalist: str, specialist: str, token: str | None = None) -> list[Finding]:
-    """Looks at this machine, at Redis and at both services. A fault is something that keeps the pair from working."""
-    services = [("generalist", rpc.GENERALIST, generalist), ("specialist", rpc.SPECIALIST, specialist)]
-    answers = await asyncio.gather(_redis(redis_url), *(_service(*service, token) for service in services))
-    return [*_packages(), *_machine(), *(finding for findings in answers for finding in findings)]
+async def examine(redis_url: str | None, generalist: str, specialist: str, token: str | None = None) -> list[Finding]:
+    """Looks at this machine, at Redis (where a URL is given) and at both services.
+
+    A fault is something that keeps the pair from working.
+    """
+    looks = [_redis(redis_url)] if redis_url else []
+    looks.append(_service("generalist", rpc.GENERALIST, generalist, token))
+    looks.append(_service("specialist", rpc.SPECIALIST, specialist, token))
+    return [*_packages(), *_machine(), *await asyncio.gather(*looks)]
 
 
 def _packages() -> Iterator[Finding]:
@@ -90,17 +95,17 @@ def _machine() -> Iterator[Finding]:
         yield Finding("CALVIN_ROOT", "ok" if exists else "fault", root, remedy)
 
 
-async def _redis(url: str) -> list[Finding]:
+async def _redis(url: str) -> Finding:
     client: Any = redis.asyncio.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2)
     try:
         server = await client.info("server")
     except (redis.exceptions.RedisError, OSError) as error:
         remedy = "start one, or let `robodual up` start its own; check ROBODUAL_REDIS_URL"
-        return [Finding("redis", "fault", f"{_without_password(url)} does not answer: {error}", remedy)]
+        return Finding("redis", "fault", f"{_without_password(url)} does not answer: {error}", remedy)
     finally:
         await client.aclose()
     version = server.get("valkey_version") or server.get("redis_version")
-    return [Finding("redis", "ok", f"{_without_password(url)}, version {version}")]
+    return Finding("redis", "ok", f"{_without_password(url)}, version {version}")
 
 
 def _without_password(url: str) -> str:
@@ -108,20 +113,23 @@ def _without_password(url: str) -> str:
     return f"{head.partition('://')[0]}://***@{tail}" if at else url
 
 
-async def _service(name: str, service: str, address: str, token: str | None) -> list[Finding]:
+async def _service(name: str, service: str, address: str, token: str | None) -> Finding:
     metadata = [("authorization", f"Bearer {token}")] if token else None
     async with grpc.aio.insecure_channel(address) as channel:
         try:
+            health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
             answer = await rpc.Stub(channel, service).GetInfo(wire.InfoRequest(), timeout=3, metadata=metadata)
         except grpc.aio.AioRpcError as error:
-            return [Finding(name, "fault", f"{address}: {error.code().name}: {error.details()}", _remedy(name, error))]
+            return Finding(name, "fault", f"{address}: {error.code().name}: {error.details()}", _remedy(name, error))
     size = f"{answer.parameters / 1e6:,.1f} M parameters, {answer.weight_bytes / 2**20:,.0f} MiB"
     checkpoint = answer.checkpoint[:12] or "not hashed"
     found = f"{address}: {answer.profile} on {answer.device} in {answer.dtype}, {size}, checkpoint {checkpoint}"
-    return [Finding(name, "ok", found)]
+    if health.status != health_pb2.HealthCheckResponse.SERVING:
+        return Finding(name, "fault", f"{found}; not ready", "its /readyz says what is missing (the model, or Redis)")
+    return Finding(name, "ok", found)
 
 
 def _remedy(name: str, error: grpc.aio.AioRpcError) -> str:
     if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-        return "give the service's token: --token-file, or ROBODUAL_TOKEN"
+        return "give one of the service's tokens in ROBODUAL_TOKEN"
     return f"start it with `robodual serve {name}` (or both with `robodual up`), or correct --{name}"
