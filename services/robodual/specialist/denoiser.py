@@ -83,14 +83,14 @@ class CrossAttention(nn.Module):
         self.values_l_proj = nn.Linear(width, width)
         self.out_v_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        # x: [B, L, D], context: [B, S, D]
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        # x: [B, L, D], context: [B, S, D], mask: [B, 1, 1, S], True where the context counts
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in (self.v_proj(x), self.l_proj(context), self.values_l_proj(context))
         )
         dropout = ATTENTION_DROPOUT if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         out: Tensor = self.out_v_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -105,9 +105,9 @@ class CrossAttentionBlock(nn.Module):
         self.attn = CrossAttention(width, heads)
         self.gamma_v = nn.Parameter(torch.full((width,), 1e-4))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         v = self.layer_norm_v(x)
-        out: Tensor = v + self.gamma_v * self.attn(v, self.layer_norm_l(context))
+        out: Tensor = v + self.gamma_v * self.attn(v, self.layer_norm_l(context), mask)
         return out
 
 
@@ -140,11 +140,11 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.cross_attn = CrossAttentionBlock(width, heads)
 
-    def forward(self, x: Tensor, c: Tensor, context: Tensor) -> Tensor:
-        # x: [B, L, D], c: [B, D], context: [B, S, D]
+    def forward(self, x: Tensor, c: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        # x: [B, L, D], c: [B, D], context: [B, S, D], mask: [B, 1, 1, S], True where the context counts
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate1.unsqueeze(1) * self.attn_temporal(modulated(x, shift1, scale1))
-        x = self.cross_attn(x, context)
+        x = self.cross_attn(x, context, mask)
         out: Tensor = x + gate2.unsqueeze(1) * self.mlp(modulated(x, shift2, scale2))
         return out
 
@@ -229,6 +229,7 @@ class Denoiser(nn.Module):
         hidden_states: Tensor,
         proprio: Tensor,
         keep_conditioning: Tensor | None = None,
+        hidden_mask: Tensor | None = None,
     ) -> Tensor:
         """One evaluation, everything computed anew, as published.
 
@@ -241,18 +242,25 @@ class Denoiser(nn.Module):
             proprio: [B, 7]
             keep_conditioning: [B] of 0 and 1; 0 masks a sample's conditioning vector for classifier-free guidance,
                 and nothing else of it
+            hidden_mask: bool [B, L], False where a sample's hidden states are padding; all count without it
 
         Returns:
             The predicted noise [B, 8, 7].
         """
         projected = self.context_adapter(hidden_states)  # [B, L, D]
-        context = torch.cat((self.sensor_context(tokens), projected), dim=1)
-        c = self.proprio_embedder(proprio) + projected.mean(dim=1)  # [B, D]
+        sensors = self.sensor_context(tokens)
+        context = torch.cat((sensors, projected), dim=1)
+        if hidden_mask is None:
+            mask, mean = None, projected.mean(dim=1)  # [B, D]
+        else:
+            mask = F.pad(hidden_mask, (sensors.shape[1], 0), value=True)[:, None, None]
+            mean = (projected * hidden_mask[..., None]).sum(dim=1) / hidden_mask.sum(dim=1, keepdim=True)
+        c = self.proprio_embedder(proprio) + mean
         if keep_conditioning is not None:
             c = c * keep_conditioning[:, None].to(c.dtype)
         c = c + self.t_embedder(timesteps)
         x = self.x_embedder(torch.cat((reference, x), dim=-1))
         for block in self.blocks:
-            x = block(x, c, context)
+            x = block(x, c, context, mask)
         out: Tensor = self.final_layer(x, c)
         return out

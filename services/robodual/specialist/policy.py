@@ -141,6 +141,7 @@ class Policy(nn.Module):
         noise: Tensor,
         timesteps: Tensor,
         keep_conditioning: Tensor,
+        hidden_mask: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error between the added and the predicted noise, over everything (a scalar).
 
@@ -154,6 +155,7 @@ class Policy(nn.Module):
             noise: [B, 8, 7]
             timesteps: int64 [B], 0 to 99
             keep_conditioning: [B] of 0 and 1: which samples keep their conditioning vector
+            hidden_mask: bool [B, L], False where a sample's hidden states are padding; all count without it
         """
         predicted = self.model(
             ddim.add_noise(actions, noise, timesteps),
@@ -163,6 +165,7 @@ class Policy(nn.Module):
             hidden_states=hidden_states,
             proprio=observation.proprio,
             keep_conditioning=keep_conditioning,
+            hidden_mask=hidden_mask,
         )
         return F.mse_loss(predicted, noise)
 
