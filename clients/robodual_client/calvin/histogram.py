@@ -33,15 +33,14 @@ class Histogram:
                 break
         return math.exp((index + 0.5) * _GROWTH)
 
-    def rebinned(self, edges: Iterable[float]) -> list[int]:
-        """Counts between consecutive `edges`, each bin counted where its middle falls; the first and last bins take
-        what lies outside."""
-        bounds = list(edges)
-        totals = [0] * (len(bounds) - 1)
-        for index, count in self.counts.items():
-            middle = math.exp((index + 0.5) * _GROWTH)
-            totals[sum(middle >= edge for edge in bounds[1:-1])] += count
-        return totals
+    def columns(self, most: int) -> tuple[list[float], list[int]]:
+        """Edges (n + 1) and counts (n, at most `most`) of columns of equal width in the logarithm. The outermost
+        thousandth on either side is left out. Raises ValueError when empty."""
+        first, last = (math.floor(math.log(self.quantile(q)) / _GROWTH) for q in (0.001, 0.999))
+        width = math.ceil((last + 1 - first) / most)
+        starts = range(first, last + 1, width)
+        counts = [sum(self.counts[start + offset] for offset in range(width)) for start in starts]
+        return [math.exp((first + width * index) * _GROWTH) for index in range(len(counts) + 1)], counts
 
     def to_json(self) -> dict[str, int]:
         return {str(index): self.counts[index] for index in sorted(self.counts)}

@@ -10,6 +10,7 @@ from typing import Any, Mapping
 from robodual_client.calvin.annotations import VALIDATION, load
 from robodual_client.calvin.rollout import EPISODE_STEPS
 from robodual_client.calvin.sequences import published
+from robodual_client.errors import RoboDualError
 
 ENVIRONMENTS = {
     "playtable": "robodual_client.playtable:PlayTable",
@@ -24,7 +25,7 @@ POLICIES = {
 VIDEO = ("none", "failures", "all")
 
 
-class EvaluationError(Exception):
+class EvaluationError(RoboDualError):
     """The evaluation cannot start or go on; the message says in one line what to do about it."""
 
 
@@ -72,6 +73,12 @@ class Options:
         """`module:callable` of the environment and of the policy."""
         return ENVIRONMENTS.get(self.env, self.env), POLICIES.get(self.policy, self.policy)
 
+    def simulator(self) -> dict[str, Any]:
+        """`env_options`, with the cameras of the built-in simulators off where neither policy nor video looks."""
+        looks = self.policy not in ("expert", "random", "zero") or self.video != "none"
+        dark: dict[str, dict[str, Any]] = {"playtable": {"render": False}, "calvin": {"cameras": []}}
+        return {**({} if looks else dark.get(self.env, {})), **self.env_options}
+
     def instructions(self) -> dict[str, str]:
         """Each task's sentence. Raises EvaluationError if the annotations file is not one."""
         try:
@@ -94,7 +101,7 @@ class Options:
 
 def _what(options: Mapping[str, Any]) -> dict[str, Any]:
     """Less what says where something is, which does not change a result."""
-    where = ("calvin_root", "generalist", "specialist", "token")
+    where = ("root", "generalist", "specialist", "tls")
     return {name: value for name, value in options.items() if name not in where}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, Mapping
 
 import numpy as np
 
+from robodual_client import DualSystemClient, Tls
 from robodual_client.calvin.rollout import Environment, Observation, Policy
 
 
@@ -49,8 +51,16 @@ def expert(env: Any, seed: int) -> Policy:
     return Expert(env)
 
 
-def services(env: Environment, seed: int, **options: Any) -> Policy:
-    """The generalist and the specialist over gRPC, as one policy. `options` are DualSystemClient's."""
-    from robodual_client import DualSystemClient
+def services(env: Environment, seed: int, tls: Mapping[str, str] | bool = False, **options: Any) -> Policy:
+    """The generalist and the specialist over gRPC, as one policy.
 
-    return DualSystemClient(seed=seed, **options)
+    `options` are DualSystemClient's, `tls` the fields of a `Tls` or True. The token is read from ROBODUAL_TOKEN, so
+    that it never stands in a command line or a file.
+    """
+    return client(seed=seed, tls=tls, **options)
+
+
+def client(tls: Mapping[str, str] | bool = False, **options: Any) -> DualSystemClient:
+    """The client that `services` drives. Raises ValueError for a malformed option."""
+    secured = tls if isinstance(tls, bool) else Tls(**tls)
+    return DualSystemClient(tls=secured, token=os.environ.get("ROBODUAL_TOKEN") or None, **options)

@@ -59,6 +59,13 @@ class Lines:
         print(text, file=sys.stderr, flush=True)
 
 
+class Silent(Lines):
+    """Shows nothing."""
+
+    def note(self, text: str) -> None:
+        pass
+
+
 class Bar:
     """A Rich progress bar with the running success rates."""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Mapping
 
-import grpc
-
 from robodual_client.calvin.options import EvaluationError, Options
+from robodual_client.errors import RoboDualError
 
 PACKAGES = ("robodual-client", "robodual", "numpy", "grpcio", "protobuf", "pybullet", "calvin-env", "torch")
 
@@ -35,31 +35,15 @@ def collect(options: Options, services: Mapping[str, Mapping[str, Any]]) -> dict
     }
 
 
-def ask_services(addresses: Mapping[str, str], timeout: float = 5.0) -> dict[str, dict[str, Any]]:
-    """What each service (`generalist`, `specialist`) answers to GetInfo.
+def ask_services(policy_options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each service ("generalist", "specialist") says of itself.
 
-    Raises EvaluationError if one does not answer, or is the other one.
+    Raises EvaluationError if an option is malformed, or a service does not answer, or is the other one.
     """
-    from robodual_client import wire
-    from robodual_client.wire import rpc
+    from robodual_client.calvin.policies import client
 
-    found = {}
-    for name, service in (("generalist", rpc.GENERALIST), ("specialist", rpc.SPECIALIST)):
-        with grpc.insecure_channel(addresses[name]) as opened:
-            try:
-                info = rpc.Stub(opened, service).GetInfo(wire.InfoRequest(), timeout=timeout)
-            except grpc.RpcError as error:
-                raise EvaluationError(
-                    f"{name}: {addresses[name]} does not answer ({error.code().name}: {error.details()}); "
-                    "start the services with `robodual up`, or check the address"
-                ) from error
-        found[name] = {
-            "version": info.version,
-            "profile": info.profile,
-            "checkpoint": info.checkpoint,
-            "device": info.device,
-            "dtype": info.dtype,
-            "parameters": info.parameters,
-            "details": dict(info.details),
-        }
-    return found
+    try:
+        with client(**policy_options) as asked:
+            return {name: asdict(info) for name, info in asked.info().items()}
+    except (ValueError, RoboDualError) as error:
+        raise EvaluationError(f"services: {error}") from error

@@ -7,10 +7,11 @@ follow one another, each with at most 360 control steps, and the first that fail
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, Mapping, Protocol
+from typing import Any, Dict, Mapping, Protocol, runtime_checkable
 
 import numpy as np
 
+from robodual_client.answer import Answer, Conditioning
 from robodual_client.calvin.histogram import Histogram
 from robodual_client.calvin.records import Record
 from robodual_client.calvin.sequences import Sequence
@@ -42,6 +43,14 @@ class Policy(Protocol):
     def reset(self, instruction: str, /) -> None: ...
 
     def step(self, obs: Observation, /) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Served(Protocol):
+    """A policy that tells what the services answered to its last step, as DualSystemClient does."""
+
+    @property
+    def last(self) -> Answer | None: ...
 
 
 class Watcher(Protocol):
@@ -95,6 +104,7 @@ def _run_subtask(
     if watcher is not None:
         watcher.start(obs, index, instruction)
     success = False
+    thought: Conditioning | None = None
     record.steps.append(0)
     while not success and record.steps[-1] < ep_len:
         asked = time.perf_counter()
@@ -106,10 +116,23 @@ def _run_subtask(
         stepped = time.perf_counter()
         record.milliseconds["policy"].add((answered - asked) * 1e3)
         record.milliseconds["env"].add((stepped - answered) * 1e3)
+        answer = policy.last if isinstance(policy, Served) else None
+        if answer is not None:
+            _note(record, answer, thought)
+            thought = answer.conditioning
         if watcher is not None:
-            watcher.step(obs, record.steps[-1], None)
+            watcher.step(obs, record.steps[-1], answer.age if answer is not None else None)
         record.steps[-1] += 1
         success = task in achieved(start_info, info, (task,))
     if watcher is not None:
         watcher.finish(success)
     return success
+
+
+def _note(record: Record, answer: Answer, known: Conditioning | None) -> None:
+    """Adds the services' answer to the record; the generalist's only where it is not the one already `known`."""
+    record.milliseconds.setdefault("act", Histogram()).add(answer.round_trip)
+    if answer.conditioning is not None and answer.conditioning != known:
+        record.milliseconds.setdefault("condition", Histogram()).add(answer.conditioning.round_trip)
+    record.ages[answer.age] = record.ages.get(answer.age, 0) + 1
+    record.degraded += answer.degraded

@@ -26,6 +26,7 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
     """
     instructions = options.instructions()
     _require_writable(options.out)
+    _require_video(options)
     services = _services(options)
     run = _earlier(options, services)
     todo = [number for number in options.numbers if number not in run.sequences]
@@ -74,15 +75,17 @@ def _require_writable(folder: Path) -> None:
         raise EvaluationError(f"out: {folder} cannot be written: {error.strerror}") from error
 
 
+def _require_video(options: Options) -> None:
+    if options.video != "none":
+        try:
+            from robodual_client.calvin import video  # noqa: F401
+        except ImportError as error:
+            cure = "install the extra: pip install 'robodual-client[report]'"
+            raise EvaluationError(f"video: {error}; {cure}") from error
+
+
 def _services(options: Options) -> dict[str, dict[str, Any]]:
-    if options.policy != "services":
-        return {}
-    addresses = {}
-    for name in ("generalist", "specialist"):
-        if not options.policy_options.get(name):
-            raise EvaluationError(f"{name}: the policy `services` needs its address, as --{name} localhost:50051")
-        addresses[name] = str(options.policy_options[name])
-    return provenance.ask_services(addresses)
+    return provenance.ask_services(options.policy_options) if options.policy == "services" else {}
 
 
 def _protocol(options: Options, services: dict[str, dict[str, Any]]) -> dict[str, Any]:

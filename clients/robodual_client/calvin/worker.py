@@ -16,9 +16,10 @@ import sys
 import threading
 import traceback
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, TextIO
 
-from robodual_client.calvin.rollout import Environment, Policy, Watcher, run_sequence
+from robodual_client.calvin.rollout import Environment, Policy, run_sequence
 from robodual_client.calvin.sequences import published
 
 
@@ -35,7 +36,9 @@ def run(lines: TextIO, answers: TextIO) -> None:
         make_policy = resolve(job["policy"])
     except Exception as error:  # whatever a simulator's start may raise is the parent's to tell
         traceback.print_exc()
-        answer({"fatal": f"{job['env']} cannot start: {_one_line(error)}"})
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        cure = "; install it with: pip install 'robodual-client[sim]'" if missing == "pybullet" else ""
+        answer({"fatal": f"{job['env']} cannot start: {_one_line(error)}{cure}"})
         return
     try:
         answer({"ready": dict(getattr(env, "facts", {}))})
@@ -59,14 +62,24 @@ def _run(job: dict[str, Any], env: Environment, make_policy: Callable[..., Polic
     """One sequence with a policy of its own, whose seed depends on the run's seed and the sequence's number alone."""
     sequence = published()[number]
     policy = make_policy(env, (job["seed"] << 16) + number, **job["policy_options"])
-    watcher: Watcher | None = None
     try:
-        record = run_sequence(env, policy, sequence, job["instructions"], ep_len=job["ep_len"], watcher=watcher)
+        if job["video"] == "none":
+            return run_sequence(env, policy, sequence, job["instructions"], ep_len=job["ep_len"]).to_json()
+        from robodual_client.calvin.video import Video  # Pillow and ffmpeg come with the extra `report`
+
+        path = Path(job["out"]) / "videos" / f"{number:04d}.mp4"
+        with Video(path, len(sequence.tasks), job["ep_len"]) as video:
+            record = run_sequence(env, policy, sequence, job["instructions"], ep_len=job["ep_len"], watcher=video)
+        if job["video"] == "failures" and record.solved == len(record.tasks):
+            path.unlink()
+            path.with_suffix(".jpg").unlink()
+        else:
+            record.video = f"videos/{path.name}"
+        return record.to_json()
     finally:
         close = getattr(policy, "close", None)
         if close is not None:
             close()
-    return record.to_json()
 
 
 def _numbers(lines: TextIO) -> Iterator[int]:

@@ -51,7 +51,7 @@ class Workers:
         env, policy = options.factories()
         job = {
             "env": env,
-            "env_options": dict(options.env_options),
+            "env_options": options.simulator(),
             "policy": policy,
             "policy_options": dict(options.policy_options),
             "instructions": instructions,
