@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from robodual.facts import CheckpointError
+from robodual.generalist import checkpoint
 from robodual.generalist.adapters import read_adapter
 from robodual.generalist.checkpoint import read_checkpoint, save_checkpoint
 from robodual.generalist.config import GeneralistConfig
@@ -292,6 +294,27 @@ def test_path_that_is_no_folder_is_refused(published: Path, tmp_path: Path, name
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"no such folder|is a file"):
         load_generalist("toy", checkpoint=tmp_path / name, device="cpu")
+
+
+def test_hub_id_is_downloaded_without_code_or_pickles(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def snapshot(name: str, *, allow_patterns: list[str]) -> str:
+        asked.update(name=name, patterns=allow_patterns)
+        return str(published)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot)
+    assert load_generalist("toy", checkpoint="openvla/openvla-7b", device="cpu").width == 64
+    assert asked == {"name": "openvla/openvla-7b", "patterns": ["*.json", "*.safetensors"]}
+
+
+def test_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str, **options: object) -> str:
+        raise LocalEntryNotFoundError("no connection\nand nothing cached")
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", unreachable)
+    with pytest.raises(CheckpointError, match=r"openvla/openvla-7b: neither .* \(no connection\); check the name"):
+        load_generalist("toy", checkpoint="openvla/openvla-7b", device="cpu")
 
 
 def lora(model: Generalist, folder: Path, seed: int, **options: object) -> None:

@@ -88,6 +88,9 @@ def test_frame_of_another_type_is_refused_by_name(engine: GeneralistEngine) -> N
         ({"dtype": "int4"}, "dtype: expected auto or one of"),
         ({"attention": "flash_attention_2", "device": "cpu"}, "attention: flash_attention_2 needs"),
         ({"attention": "fast"}, "attention: expected one of"),
+        ({"quantisation": "nf4", "device": "cpu"}, "quantisation: nf4 needs a CUDA device, not cpu"),
+        ({"quantisation": "int2"}, "quantisation: expected one of"),
+        ({"device": "cuda:97"}, "device: cuda:97 is not there"),
     ],
 )
 def test_unusable_argument_is_refused_by_name(arguments: dict[str, str], message: str) -> None:

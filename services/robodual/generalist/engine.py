@@ -18,6 +18,7 @@ from robodual.generalist.checkpoint import read_checkpoint
 from robodual.generalist.decoding import decode
 from robodual.generalist.model import Generalist, build, randomise
 from robodual.generalist.processor import Processor
+from robodual.generalist.quantisation import check_quantisation, quantisable, quantise
 from robodual.generalist.tokens import ACTION, CHUNK, byte_tokenizer, decode_actions, encode_actions
 from robodual.generalist.weights import load_weights
 from robodual.profiles import PROFILES
@@ -92,6 +93,7 @@ def load_generalist(
     dtype: str = "auto",
     seed: int = 0,
     attention: str = "auto",
+    quantisation: str = "none",
     constrained: bool | None = None,
 ) -> GeneralistEngine:
     """The engine of a profile: with a checkpoint's weights, or random ones that follow from `seed`.
@@ -99,8 +101,9 @@ def load_generalist(
     checkpoint: a folder as published on the Hugging Face hub, or a hub id; its own config.json and tokenizer replace
     the profile's. adapters: LoRA folders, merged into the checkpoint's weights in that order.
     device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N". dtype: "auto" (bfloat16 on CUDA, float32
-    elsewhere) or a name of `DTYPES`. attention: one of `ATTENTIONS`, for the Llama. constrained: whether decoding keeps
-    to the layout of 8 x 7 actions; None leaves it to the profile.
+    elsewhere) or a name of `DTYPES`. attention: one of `ATTENTIONS`, for the Llama. quantisation: one of
+    `QUANTISATIONS`, for the Llama's layers. constrained: whether decoding keeps to the layout of 8 x 7 actions; None
+    leaves it to the profile.
 
     Raises:
         CheckpointError: naming the file and the fix, for a checkpoint that cannot be used.
@@ -114,24 +117,34 @@ def load_generalist(
     place = _device(device)
     kind = _dtype(dtype, place)
     chosen = _attention(attention, place, kind)
+    check_quantisation(quantisation, place)
     if checkpoint is None:
         tokenizer = byte_tokenizer(config.tokens)
         model = build(config, attention=chosen, dtype=kind)
+        parameters = count_parameters(model)
         randomise(model, place, seed)
+        if quantisation != "none":
+            quantise(model, quantisable(model), quantisation, place)
     else:
         found = read_checkpoint(checkpoint, constrained=config.constrained)
         config, tokenizer = found.config, found.tokenizer
         model = build(config, attention=chosen, dtype=kind)
-        load_weights(model, found.folder, place, tuple(read_adapter(folder) for folder in adapters))
+        parameters = count_parameters(model)
+        load_weights(model, found.folder, place, tuple(map(read_adapter, adapters)), quantisation)
     processor = Processor(config.images, config.tokens, tokenizer)
     restricted = config.constrained if constrained is None else constrained
-    details = {"attention": chosen, "decoding": "constrained" if restricted else "free"}
+    details = {
+        "attention": chosen,
+        "decoding": "constrained" if restricted else "free",
+        "quantisation": quantisation,
+        "adapters": ", ".join(folder.name for folder in adapters) or "none",
+    }
     facts = EngineFacts(
         profile=profile,
         checkpoint=hash_state_dict(model),
         device=str(place),
         dtype=str(kind).removeprefix("torch."),
-        parameters=count_parameters(model),
+        parameters=parameters,
         weight_bytes=count_weight_bytes(model),
         details=details,
     )

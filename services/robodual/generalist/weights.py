@@ -18,6 +18,7 @@ from torch import Tensor
 from robodual.facts import CheckpointError
 from robodual.generalist.adapters import Adapter
 from robodual.generalist.model import Generalist, place_rotary
+from robodual.generalist.quantisation import quantisable, quantise
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,12 +34,19 @@ class Entry:
     kind: str  # safetensors' name of the dtype
 
 
-def load_weights(model: Generalist, folder: Path, device: torch.device, adapters: tuple[Adapter, ...] = ()) -> None:
+def load_weights(
+    model: Generalist,
+    folder: Path,
+    device: torch.device,
+    adapters: tuple[Adapter, ...] = (),
+    quantisation: str = "none",
+) -> None:
     """Fills a model whose parameters are on the meta device with a folder's weights, cast to the model's dtype.
 
     Names and shapes are compared first, from the files' headers. Then one shard after the other goes to the device, so
-    host memory holds no more than the shard being read; `adapters` are added to their weights on the way, in order.
-    Raises CheckpointError that names the file and the fix.
+    host memory holds no more than the shard being read; `adapters` are added to their weights on the way, in order, and
+    the Llama's layers are quantised after that (`quantisation.QUANTISATIONS`). Raises CheckpointError that names the
+    file and the fix.
     """
     files = shard_files(folder)
     entries = {name: entry for file in files for name, entry in _headers(file).items()}
@@ -47,15 +55,19 @@ def load_weights(model: Generalist, folder: Path, device: torch.device, adapters
     for adapter in adapters:
         adapter.check(expected)
     dtype = model.dtype
+    small = frozenset() if quantisation == "none" else quantisable(model)
     for file in files:
         tensors: dict[str, Tensor] = {}
         with opened(file) as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dictionary)
-                value = shard.get_tensor(name).to(device, dtype, copy=True)
+                # Off the mapped file in any case, so that nobody who writes to it later changes the model.
+                value = shard.get_tensor(name).to("cpu" if name in small else device, dtype, copy=name not in small)
                 for adapter in adapters:
                     value = adapter.merge(name, value)
                 tensors[name] = value
-        model.load_state_dict(tensors, strict=False, assign=True)
+            model.load_state_dict(tensors, strict=False, assign=True)
+            if small:
+                quantise(model, small & tensors.keys(), quantisation, device)
     model.requires_grad_(False)
     place_rotary(model, device)
 
