@@ -83,14 +83,12 @@ class Expert:
                 f"tasks are {', '.join(SKILLS)}"
             )
         self._task, self._started = task, False
-        self._last, self._ahead = np.zeros(6), np.zeros(6)
 
     def step(self, observation: dict[str, Any]) -> np.ndarray:
         """The relative action [7] for an observation with robot_obs [15] and scene_obs [24]."""
         self._view.update(observation)
         if not self._started:
             self._skill, self._started = self._begin(), True
-            self._pose = np.concatenate([self._view.tool, self._view.euler])
         goal = next(self._skill, None)
         if goal is None:  # done, and the oracle has not said so: rest above the table, or try again
             self._skill = self._rest()
@@ -116,7 +114,10 @@ class Expert:
         moved = pose - self._pose
         moved[3:] = (moved[3:] + np.pi) % (2 * np.pi) - np.pi
         self._pose = pose
-        self._ahead += self._last * UNITS - moved
+        if np.abs(moved[:3]).max() > 0.05:  # farther than the arm can go in a step: the environment was reset
+            self._last, self._ahead = np.zeros(6), np.zeros(6)
+        else:
+            self._ahead = 0.98 * (self._ahead + self._last * UNITS - moved)
 
         translation = (goal.position - self._view.tool) * 50 * GAIN
         translation *= min(1.0, goal.speed / max(float(np.linalg.norm(translation)), 1e-9))

@@ -73,7 +73,7 @@ def release(view: View) -> Skill:
     """Lets go of a block that is still held and leaves it there."""
     if view.held() is not None:
         yield from hold(view, OPEN, 6)
-        yield from move(view, shift(view.tool, 0, 0, 0.06), view.euler.copy(), OPEN, tolerance=0.02)
+        yield from move(view, shift(view.tool, 0, 0, 0.09), view.euler.copy(), OPEN, tolerance=0.02)
 
 
 def retreat(view: View, gripper: float) -> Skill:

@@ -20,7 +20,7 @@ def push_to(view: View, name: str, goal: np.ndarray, steps: int) -> Skill:
         away = away / np.linalg.norm(away)
         return np.array([*(block.position[:2] + away * (block.reach(away) + FINGER + gap)), PUSH_HEIGHT])
 
-    euler = downward(HOME_YAW, lean(goal))
+    euler = downward(HOME_YAW, lean(view.blocks[name].position))
     yield from travel(view, behind(0.03), euler, CLOSED)
     yield from move(view, shift(behind(0.03), 0, 0, 0.06), euler, CLOSED, tolerance=0.015)
     yield from move(view, behind(0.025), euler, CLOSED, tolerance=0.008)
@@ -33,7 +33,7 @@ def push(view: View, name: str, direction: int) -> Skill:
     while True:
         start = view.blocks[name].position[:2].copy()
         away_from_button = 0.03 if direction < 0 and start[0] < 0.1 and start[1] < -0.04 else 0.0
-        yield from push_to(view, name, start + np.array([direction * 0.25, 2 * away_from_button]), 60)
+        yield from push_to(view, name, start + np.array([direction * 0.16, 2 * away_from_button]), 60)
 
 
 def push_into_drawer(view: View) -> Skill:
