@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from types import TracebackType
 from typing import Any, Mapping, Sequence
 
@@ -59,8 +58,8 @@ class AsyncDualSystemClient:
     async def info(self) -> dict[str, ServiceInfo]:
         return await self._connections.run(self._session.info())
 
-    async def reset(self, instruction: str, *, episode: int | None = None, seed: int | None = None) -> None:
-        await self._connections.run(self._session.reset(instruction, episode, seed))
+    async def reset(self, instruction: str, *, episode: int | None = None) -> None:
+        await self._connections.run(self._session.reset(instruction, episode))
 
     async def step(self, obs: Mapping[str, Any]) -> npt.NDArray[np.float64]:
         return await self._connections.run(self._session.step(obs))
@@ -146,7 +145,7 @@ class AsyncConnections:
             stream = self._stub(call).ActStream(metadata=self._security.metadata)
             self._streams[call.address] = stream
         try:
-            response = await asyncio.wait_for(_write_and_read(stream, call.request), call.timeout)
+            response = await asyncio.wait_for(_write_and_read(stream, call), call.timeout)
             if response is grpc.aio.EOF:
                 raise Failure(grpc.StatusCode.UNAVAILABLE, "the service ended the stream", call.where)
             return response
@@ -183,7 +182,10 @@ class AsyncConnections:
         return self._stubs[key]
 
 
-async def _write_and_read(stream: Any, request: Any) -> Any:
-    with contextlib.suppress(asyncio.InvalidStateError):  # the call has ended: read says how
-        await stream.write(request)
+async def _write_and_read(stream: Any, call: Call) -> Any:
+    try:
+        await stream.write(call.request)
+    except (asyncio.InvalidStateError, grpc.RpcError) as error:
+        # Whatever gRPC makes of it, this request was not what ended the stream: it may do better on a new one.
+        raise Failure(grpc.StatusCode.UNAVAILABLE, "the stream had ended", call.where) from error
     return await stream.read()

@@ -77,13 +77,13 @@ class DualSystemClient:
         """What both services are, by "generalist" and "specialist"."""
         return self._connections.run(self._session.info())
 
-    def reset(self, instruction: str, *, episode: int | None = None, seed: int | None = None) -> None:
+    def reset(self, instruction: str, *, episode: int | None = None) -> None:
         """Starts an episode: one instruction (1 to 512 characters), from step 0.
 
-        Episodes count from 1, and only upwards: `episode` skips ahead. `seed` holds from here on. Both together repeat
-        an episode's noise wherever and whenever it is run.
+        Episodes count from 1, and only upwards; `episode` skips ahead to that number. The same seed and episode give
+        the same noise wherever and whenever the episode is run.
         """
-        self._connections.run(self._session.reset(instruction, episode, seed))
+        self._connections.run(self._session.reset(instruction, episode))
 
     def step(self, obs: Mapping[str, Any]) -> npt.NDArray[np.float64]:
         """The action [7] for CALVIN's observation `obs`: relative translation (x 50 per metre) and rotation (x 20 per

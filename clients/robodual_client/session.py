@@ -84,7 +84,7 @@ class Session:
         self._contacted = True
         return infos
 
-    def reset(self, instruction: str, episode: int | None, seed: int | None) -> Plan[None]:
+    def reset(self, instruction: str, episode: int | None) -> Plan[None]:
         if not isinstance(instruction, str) or not 1 <= len(instruction.strip()) <= LONGEST_INSTRUCTION:
             raise ValueError(
                 f"instruction must be 1 to {LONGEST_INSTRUCTION} characters of text, got {instruction!r:.80}"
@@ -92,8 +92,6 @@ class Session:
         following = self.episode + 1 if episode is None else episode
         if not self.episode < following <= LAST_EPISODE:
             raise ValueError(f"episode must be over {self.episode}, the last one, and fit 32 bits, got {following}")
-        if seed is not None:
-            self._seed = _checked_seed(seed)
         self._ready = False
         yield from self._stop_thinking()
         if self._specialist_info is None:
