@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, hash_state_dict
 from robodual.images import Strategy
 from robodual.profiles import PROFILES
-from robodual.specialist.config import SpecialistConfig
-from robodual.specialist.frames import Frame, Preparation, needed
-from robodual.specialist.policy import Policy
+from robodual.specialist.checkpoint import load
+from robodual.specialist.frames import Frame, Preparation
+from robodual.specialist.policy import Policy, needed
 from robodual.specialist.sampler import Sampler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -151,7 +151,7 @@ class SpecialistEngine:
 
 
 def _join(sensors: Tensor, conditionings: Sequence[Projected]) -> tuple[Tensor, Tensor | None]:
-    """Sensors' keys and values [B, T, K] and each request's [L, K], padded to [B, T + longest, K]; a mask where unlike."""
+    """Sensors' keys and values [B, T, K] before each request's [L, K], padded to one length, with a mask if need be."""
     lengths = [len(conditioning.keys_values) for conditioning in conditionings]
     longest = max(lengths)
     padded = [F.pad(c.keys_values, (0, 0, 0, longest - n)) for c, n in zip(conditionings, lengths)]
@@ -170,6 +170,7 @@ def load_specialist(
     dtype: str = "auto",
     seed: int = 0,
     strategy: Strategy = "resize-naive",
+    sensors: Mapping[str, bool] | None = None,
 ) -> SpecialistEngine:
     """Builds an engine.
 
@@ -180,6 +181,8 @@ def load_specialist(
         dtype: "float32" or "bfloat16"; auto is float32
         seed: of the random weights
         strategy: how frames become square; the generalist's checkpoint says it in `image_resize_strategy`
+        sensors: `with_depth`, `with_gripper`, `with_tactile` where they are to differ from the profile's, or from the
+            checkpoint's own
 
     Raises:
         ValueError: naming the argument, if it is none of these.
@@ -192,7 +195,10 @@ def load_specialist(
     config = PROFILES[profile].specialist
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = Policy(config).initialize(seed)
+    if checkpoint is None:
+        policy = Policy(replace(config, **(sensors or {}))).initialize(seed)
+    else:
+        policy = load(checkpoint, config, sensors)
     policy.to(torch.device(device), DTYPES["float32" if dtype == "auto" else dtype])
     return SpecialistEngine(policy, _facts(profile, policy, strategy), strategy)
 

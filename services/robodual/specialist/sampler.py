@@ -73,10 +73,11 @@ class Sampler:
         self.out = _linear(denoiser.final_layer.linear)
         self.context_weight, self.context_bias = _fold_context(blocks)
 
-        modulations = [block.adaLN_modulation[1] for block in blocks] + [denoiser.final_layer.adaLN_modulation[1]]
+        sequences = [block.adaLN_modulation for block in blocks] + [denoiser.final_layer.adaLN_modulation]
+        sources = [_linear(sequence[1]) for sequence in sequences]
         self.modulation = Linear(
-            torch.cat([layer.weight for layer in modulations]).t().contiguous(),  # [D, (6 * blocks + 2) * D]
-            torch.cat([layer.bias for layer in modulations]),
+            torch.cat([source.weight for source in sources], dim=1),  # [D, (6 * blocks + 2) * D]
+            torch.cat([source.bias for source in sources]),
         )
         timesteps = torch.tensor([step.timestep for step in self.steps], device=weight.device)
         self.timesteps = denoiser.t_embedder(timesteps)  # [T, D]
@@ -140,17 +141,17 @@ class Sampler:
         self, block: BlockTables, x: Tensor, parts: tuple[Tensor, ...], key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
         # x: [B, G or 1, 8, D], parts: [B, G, 1, D] each, key and value: [B, heads, S, D / heads]
-        width, heads = self.width, self.heads
+        width, heads, rotated = self.width, self.heads, self.cos.shape[-1]
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         h = torch.addcmul(shift1, F.layer_norm(x, (width,), eps=1e-6), scale1)
         batch, passes = h.shape[:2]
-        qkv = block.qkv(h.view(-1, width)).view(batch * passes, CHUNK, -1)
-        rotated = self.cos.shape[-1]
-        qk = qkv[..., : 2 * width].unflatten(-1, (2, heads, -1))
-        turned = qkv[..., 3 * width :].unflatten(-1, (2, heads, rotated))
-        qk[..., :rotated].mul_(self.cos).addcmul_(turned, self.sin)
+        rows = (batch * passes, CHUNK)
+        qkv = block.qkv(h.view(-1, width))
+        qk, v, turned = qkv.split_with_sizes((2 * width, width, 2 * heads * rotated), dim=-1)
+        qk = qk.view(*rows, 2, heads, -1)
+        qk[..., :rotated].mul_(self.cos).addcmul_(turned.view(*rows, 2, heads, rotated), self.sin)
         q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)
-        v = qkv[..., 2 * width : 3 * width].unflatten(-1, (heads, -1)).transpose(1, 2)
+        v = v.view(*rows, heads, -1).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, width)
         x = torch.addcmul(x, gate1, block.self_out(mixed).view(batch, passes, CHUNK, width))
 
