@@ -107,7 +107,7 @@ class View:
     def held(self) -> Block | None:
         """The block between the fingers, if any."""
         close = [block for block in self.blocks.values() if np.linalg.norm(block.position - self.tool) < 0.045]
-        if self.width > 0.075 or not close:
+        if not 0.03 < self.width < 0.075 or not close:
             return None
         return min(close, key=lambda block: float(np.linalg.norm(block.position - self.tool)))
 
