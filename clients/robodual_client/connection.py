@@ -112,6 +112,8 @@ class Connections:
 
     def _landed(self, launch: Launch, future: Any, halted: int) -> None:
         """On one of gRPC's threads."""
+        if halted != self._halted:
+            return
         if future.code() is grpc.StatusCode.OK:
             following = launch.landed(future.result())
         else:

@@ -1,0 +1,90 @@
+"""What the client does to the interpreter that imports it: little, quickly, and nothing that keeps it from exiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+FORBIDDEN = ("torch", "pydantic", "robodual", "redis", "pybullet", "rich", "jinja2", "PIL", "scipy")
+
+
+def run(code, *arguments):
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=str(HERE))
+
+
+def test_import_pulls_in_numpy_grpc_and_protobuf_alone():
+    done = run(
+        "import sys, json, robodual_client; print(json.dumps(sorted({n.partition('.')[0] for n in sys.modules})))"
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
+    assert not set(FORBIDDEN) & loaded
+    assert {"numpy", "grpc", "google"} <= loaded
+
+
+def test_import_takes_under_half_a_second_of_processor_time():
+    run("import robodual_client")  # writes the bytecode
+    least = 100.0
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert run("import robodual_client").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        least = min(least, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert least < 0.5
+
+
+EPISODE = """
+import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from fake_services import observation
+from robodual_client import DualSystemClient
+client = DualSystemClient(sys.argv[1], sys.argv[2], schedule=sys.argv[3])
+client.reset("open the drawer")
+print("ready", flush=True)
+for step in range(int(sys.argv[4])):
+    client.step(observation(step))
+"""
+
+
+@pytest.mark.parametrize("schedule", ["published", "async"])
+def test_client_that_nobody_closes_lets_the_interpreter_exit(generalist, specialist, schedule):
+    for _ in range(3):
+        done = run(EPISODE, generalist.address, specialist.address, schedule, "9")
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("schedule", ["published", "async"])
+@pytest.mark.parametrize("busy", ["specialist", "generalist"])
+def test_ctrl_c_ends_a_program_at_once(generalist, specialist, schedule, busy):
+    slow = [lambda: time.sleep(3)] * 4
+    if busy == "specialist":
+        specialist.fail("Act", lambda: None, *slow)
+    else:
+        generalist.fail("Condition", lambda: None, *slow)
+    command = [sys.executable, "-c", EPISODE, generalist.address, specialist.address, schedule, "1000000"]
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=str(HERE), env=environment
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        _, errors = process.communicate(timeout=20)
+        assert time.monotonic() - start < 2.5
+        assert errors.rstrip().endswith("KeyboardInterrupt")
+    finally:
+        process.kill()
+        process.wait()
