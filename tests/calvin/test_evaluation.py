@@ -105,7 +105,7 @@ def test_a_folder_with_a_run_is_not_written_over(options: Make) -> None:
     evaluate(options(numbers=(0,)))
     with pytest.raises(EvaluationError, match="--resume"):
         evaluate(options(numbers=(0, 1)))
-    with pytest.raises(EvaluationError, match="ep_len is 20 and 30"):
+    with pytest.raises(EvaluationError, match="ep_len is 20, not 30"):
         evaluate(options(numbers=(0, 1), ep_len=30, resume=True))
 
 

@@ -152,7 +152,7 @@ def require_same(expected: Mapping[str, Any], found: Mapping[str, Any], message:
     """Raises EvaluationError, starting with `message`, that names the first setting in which the protocols differ."""
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
-            raise EvaluationError(f"{message}: {name} is {found.get(name)!r} and {expected.get(name)!r}")
+            raise EvaluationError(f"{message}: {name} is {found.get(name)!r}, not {expected.get(name)!r}")
 
 
 def write_json(path: Path, value: Any) -> None:

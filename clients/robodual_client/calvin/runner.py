@@ -33,15 +33,15 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
     entry = provenance.collect(options, services)
     run.provenance.append(entry)
     _write_run(options.out, run)
-    if todo:
-        with progress or choose(len(run.sequences) + len(todo)) as shown:
-            try:
+    try:
+        try:
+            with progress or choose(len(run.sequences) + len(todo)) as shown:
                 _run(options, instructions, todo, run, entry, shown)
-            finally:
-                _write_run(options.out, run)
-                run.save(options.out)
-    else:
-        run.save(options.out)
+        finally:
+            _write_run(options.out, run)
+            run.save(options.out)
+    except OSError as error:
+        raise EvaluationError(f"out: {error}; what is finished is kept in {options.out}: --resume goes on") from error
     return run
 
 
@@ -102,7 +102,7 @@ def _earlier(options: Options, services: dict[str, dict[str, Any]]) -> Results:
         raise EvaluationError(f"out: {options.out} already holds a run; go on with --resume or choose another folder")
     earlier = results.load(options.out)
     message = f"out: {options.out} holds a run with other settings; choose another folder"
-    results.require_same(earlier.protocol, protocol, message)
+    results.require_same(protocol, earlier.protocol, message)
     return earlier
 
 

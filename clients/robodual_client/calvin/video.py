@@ -57,7 +57,7 @@ class Video:
         if kind is not None:
             self._ffmpeg.kill()
             self._ffmpeg.communicate()
-            self._part.unlink()
+            self._part.unlink(missing_ok=True)
             return
         complaint = self._complaint()
         if self._ffmpeg.returncode != 0:

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from robodual_client.calvin import Options
+from robodual_client.calvin.annotations import load
+from robodual_client.cli import main
+
+FAKE = ["--env", "fake_table:FakeTable", "--policy", "fake_table:Scripted", "--ep-len", "12"]
+
+
+@pytest.fixture(autouse=True)
+def fake_on_path(options: Callable[..., Options]) -> None:
+    """Worker processes find the fake table, as the fixture `options` arranges."""
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    line = str(exited.value.code)
+    assert exited.value.code not in (0, None)
+    assert "\n" not in line
+    assert capsys.readouterr().out == ""
+    return line
+
+
+def test_parts_of_an_evaluation_merge_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("1/2", "2/2"):
+        out = str(tmp_path / f"part-{part[0]}")
+        main(["evaluate", *FAKE, "--sequences", "3-6,9", "--shard", part, "--out", out])
+    capsys.readouterr()
+    main(["merge", str(tmp_path / "part-1"), str(tmp_path / "part-2"), "--out", str(tmp_path / "whole")])
+    shown = capsys.readouterr().out
+    assert "Avg. Len." in shown
+    assert (tmp_path / "whole" / "report.html").is_file()
+    lines = (tmp_path / "whole" / "sequences.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sequence"] for line in lines] == [3, 4, 5, 6, 9]
+    main(["compare", str(tmp_path / "whole"), str(tmp_path / "part-1")])
+    assert "no difference beyond chance" in capsys.readouterr().out
+
+
+def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", *FAKE, "--num-sequences", "40", "--out", str(tmp_path / "run"), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "40 sequences to run" in shown
+    assert "2,400 steps" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_can_be_known_before_the_first_sequence_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    assert "'9-3' must be a number or a range" in refused(capsys, "evaluate", *FAKE, *out, "--sequences", "1,9-3")
+    assert "beyond the last sequence, 999" in refused(capsys, "evaluate", *FAKE, *out, "--sequences", "999-1000")
+    assert "shard: must be i/n" in refused(capsys, "evaluate", *FAKE, *out, "--shard", "0/4")
+    assert "env: must be playtable" in refused(capsys, "evaluate", *out, "--env", "gazebo")
+    assert "annotations: " in refused(capsys, "evaluate", *FAKE, *out, "--annotations", str(tmp_path / "none.json"))
+    assert "schedule" in refused(capsys, "evaluate", *out, "--schedule", "sometimes")
+    assert "go with --env calvin" in refused(capsys, "evaluate", *out, "--scene", "D")
+    assert "holds no evaluation" in refused(capsys, "compare", str(tmp_path), str(tmp_path))
+    assert "No module named 'gazebo'" in refused(capsys, "evaluate", *FAKE[2:], *out, "--env", "gazebo:World")
+    nobody = ["--generalist", "127.0.0.1:9", "--specialist", "127.0.0.1:9"]
+    assert "127.0.0.1:9" in refused(capsys, "evaluate", "--env", "fake_table:FakeTable", *nobody, *out)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(capsys, "evaluate", *FAKE, "--out", str(tmp_path / "file" / "run"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of files")
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_is_done(tmp_path: Path) -> None:
+    import resource
+
+    def fill_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+    command = [sys.executable, "-m", "robodual_client.cli", "evaluate", *FAKE, "--num-sequences", "20"]
+    ended = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True, preexec_fn=fill_disk
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "File too large" in ended.stderr.splitlines()[-1]
+    assert "--resume" in ended.stderr.splitlines()[-1]
+    main(["evaluate", *FAKE, "--num-sequences", "20", "--out", str(tmp_path / "run"), "--resume"])
+    assert (tmp_path / "run" / "sequences.jsonl").read_text().count("\n") == 20
+
+
+def test_another_set_of_instructions_is_what_the_policy_is_asked(tmp_path: Path) -> None:
+    sentences = {task: [f"please do: {task}", "never asked"] for task in load()}
+    file = tmp_path / "enriched.json"
+    file.write_text(json.dumps(sentences))
+    assert load(file)["open_drawer"] == "please do: open_drawer"
+    del sentences["open_drawer"]
+    file.write_text(json.dumps(sentences))
+    with pytest.raises(ValueError, match="open_drawer"):
+        load(file)
+    file.write_text(json.dumps({**sentences, "open_drawer": "a sentence"}))
+    with pytest.raises(ValueError, match="must be a list of sentences"):
+        load(file)
+
+
+def test_the_validation_sentences_are_complete() -> None:
+    assert len(load()) == 34
+    assert load()["lift_pink_block_drawer"] == "Take the pink block from the drawer"
