@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Tls:
 class Security:
     """What a client shows to services, and asks of them."""
 
-    token: str | None
+    token: str | None = field(repr=False)
     tls: Tls | None
 
     @property

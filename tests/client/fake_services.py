@@ -42,7 +42,8 @@ class Server:
 
     service = ""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials=None) -> None:
+        self._credentials = credentials
         self.faults: dict[str, deque] = {}
         self.calls: list[tuple[str, object]] = []
         self.metadata: list[tuple[str, str]] = []
@@ -57,7 +58,11 @@ class Server:
     def start(self) -> None:
         self._server = grpc.server(futures.ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         self._server.add_generic_rpc_handlers((rpc.handler(self.service, self),))
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        address = f"127.0.0.1:{self.port}"
+        if self._credentials is None:
+            self.port = self._server.add_insecure_port(address)
+        else:
+            self.port = self._server.add_secure_port(address, self._credentials)
         self._server.start()
 
     def kill(self) -> None:
@@ -114,10 +119,10 @@ class FakeSpecialist(Server):
     checkpoint = "c0ffee"
     delay = 0.0
 
-    def __init__(self) -> None:
+    def __init__(self, credentials=None) -> None:
         self.sessions: dict[str, dict] = {}
         self._lock = threading.Lock()
-        super().__init__()
+        super().__init__(credentials)
 
     def kill(self) -> None:
         super().kill()

@@ -1,0 +1,126 @@
+"""TLS, mutual TLS, and tokens over plain text."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+
+import grpc
+import pytest
+from fake_services import FakeGeneralist, FakeSpecialist
+
+from robodual_client import DualSystemClient, Timeouts, Tls
+from robodual_client.channel import security
+from robodual_client.errors import ServiceUnavailable
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command for certificates")
+
+QUICK = Timeouts(connect=0.5)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """A certificate authority, and a server's and a client's certificate of it, as PEM files in one folder."""
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], cwd=str(folder), check=True, stderr=subprocess.DEVNULL)
+
+    (folder / "server.ext").write_text("subjectAltName=DNS:specialist.test,DNS:localhost\n")
+    (folder / "client.ext").write_text("subjectAltName=DNS:robot.test\n")
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test authority", "-days", "2")
+    for name in ("server", "client"):
+        openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", f"{name}.ext")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signing)
+    return folder
+
+
+@pytest.fixture(params=["tls", "mutual"])
+def secure(request, certificates):
+    """Both services over TLS, and what a client must know of it."""
+    mutual = request.param == "mutual"
+    pair = ((certificates / "server.key").read_bytes(), (certificates / "server.pem").read_bytes())
+    ca = (certificates / "ca.pem").read_bytes()
+    credentials = grpc.ssl_server_credentials([pair], ca if mutual else None, mutual)
+    servers = FakeGeneralist(credentials), FakeSpecialist(credentials)
+    tls = Tls(ca=certificates / "ca.pem", name="specialist.test")
+    if mutual:
+        tls = Tls(tls.ca, certificates / "client.pem", certificates / "client.key", tls.name)
+    yield servers[0].address, servers[1].address, tls, mutual
+    for server in servers:
+        server.kill()
+
+
+def test_episode_over_tls(secure, obs):
+    generalist, specialist, tls, _ = secure
+    with DualSystemClient(generalist, specialist, tls=tls, token="secret", timeouts=QUICK) as client:
+        client.reset("open the drawer")
+        assert client.step(obs).shape == (7,)
+
+
+def test_plain_text_client_is_refused(secure):
+    generalist, specialist, _, _ = secure
+    assert "UNAVAILABLE" in refusal(generalist, specialist, False)
+
+
+def test_unknown_authority_is_refused(secure):
+    generalist, specialist, _, _ = secure
+    assert "TLS settings" in refusal(generalist, specialist, True)
+
+
+def test_other_host_name_is_refused(secure):
+    generalist, specialist, tls, _ = secure
+    refusal(generalist, specialist, Tls(tls.ca, tls.certificate, tls.key, "elsewhere.test"))
+
+
+def test_client_without_a_certificate_is_refused_where_one_is_asked_for(secure):
+    generalist, specialist, tls, mutual = secure
+    bare = Tls(tls.ca, name=tls.name)
+    if mutual:
+        refusal(generalist, specialist, bare)
+    else:
+        with DualSystemClient(generalist, specialist, tls=bare, timeouts=QUICK) as client:
+            assert client.info()["specialist"].profile == "fake"
+
+
+def refusal(generalist, specialist, tls):
+    """What the client says of services that do not agree with its TLS settings."""
+    with DualSystemClient(generalist, specialist, tls=tls, timeouts=QUICK) as client:
+        with pytest.raises(ServiceUnavailable) as raised:
+            client.reset("open the drawer")
+        return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [({"ca": "absent.pem"}, r"tls: ca: .*absent\.pem"), ({"certificate": "a.pem"}, "certificate and key go together")],
+)
+def test_unreadable_file_is_named(files, expected):
+    client = DualSystemClient(tls=Tls(**files))
+    with pytest.raises(ValueError, match=expected):
+        client.info()
+    client.close()
+
+
+LOCAL = ("localhost:1", "127.0.0.2:1", "[::1]:1")
+
+
+@pytest.mark.parametrize(
+    ("address", "warned"),
+    [
+        ("10.0.0.5:50052", True),
+        ("robot.example:50052", True),
+        ("localhost:1", False),
+        ("127.0.0.2:1", False),
+        ("[::1]:1", False),
+    ],
+)
+def test_token_in_plain_text_off_this_machine_is_warned_of_without_showing_it(caplog, address, warned):
+    with caplog.at_level(logging.WARNING):
+        security("hunter2", tls=False).channel(grpc, address).close()
+    assert ("plain text" in caplog.text) is warned
+    assert "hunter2" not in caplog.text
+    assert "hunter2" not in repr(security("hunter2", tls=False))
