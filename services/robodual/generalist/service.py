@@ -117,7 +117,7 @@ async def serving(settings: GeneralistSettings, engine: GeneralistEngine | None 
         heartbeat = asyncio.create_task(_watch(store, readiness, metrics))
         cleanup.push_async_callback(_cancel, heartbeat)
         info = describe("generalist", model.facts, ["rgb_static"])
-        await endpoints.open(GeneralistService(batcher, store, info, metrics), info)
+        endpoints.open(GeneralistService(batcher, store, info, metrics), info)
         cleanup.push_async_callback(endpoints.drain)
         yield endpoints
 

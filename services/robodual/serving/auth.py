@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 import grpc
 from pydantic import SecretStr
+
+from robodual.serving.errors import Unauthenticated
 
 EXEMPT = "/grpc.health.v1.Health/"
 MESSAGE = "authorization: expected metadata 'Bearer TOKEN' with one of the service's tokens"
@@ -41,15 +43,16 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         details: grpc.HandlerCallDetails,
     ) -> Any:
+        handler = await continuation(details)
         header = next((value for key, value in details.invocation_metadata or () if key == "authorization"), None)
-        if details.method.startswith(EXEMPT) or self._authenticator.accepts(_text(header)):
-            return await continuation(details)
+        if handler is None or details.method.startswith(EXEMPT) or self._authenticator.accepts(_text(header)):
+            return handler
         # A handler of one kind may refuse calls of every kind: it answers before it reads.
         return grpc.stream_stream_rpc_method_handler(_refuse)
 
 
-async def _refuse(requests: Any, context: Any) -> None:
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, MESSAGE)
+def _refuse(requests: Any, context: Any) -> AsyncIterator[Any]:
+    raise Unauthenticated(MESSAGE)
 
 
 def _digest(token: str) -> bytes:

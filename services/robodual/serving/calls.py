@@ -16,6 +16,8 @@ from robodual.serving.metrics import Metrics
 
 logger = structlog.get_logger(__name__)
 
+UNTOUCHED = "/grpc.health.v1.Health/"  # its watchers never end, and it has nothing to say about errors
+
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Turns `ServiceError` into its status, and anything unexpected into INTERNAL with an id that the log explains."""
@@ -36,9 +38,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(details)
-        _, service, method = details.method.split("/", 2)
-        if handler is None or not service.startswith("robodual."):
+        if handler is None or details.method.startswith(UNTOUCHED):
             return handler
+        method = details.method.rpartition("/")[2]
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
                 self._stream(method, handler.stream_stream), handler.request_deserializer, handler.response_serializer

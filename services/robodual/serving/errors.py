@@ -17,6 +17,10 @@ class InvalidArgument(ServiceError):
     code = grpc.StatusCode.INVALID_ARGUMENT
 
 
+class Unauthenticated(ServiceError):
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
 class NotFound(ServiceError):
     code = grpc.StatusCode.NOT_FOUND
 

@@ -82,7 +82,11 @@ class HttpServer:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind((host, port))
+        try:
+            self._socket.bind((host, port))
+        except OSError as error:
+            self._socket.close()
+            raise OSError(error.errno, f"http_port: cannot listen on {host}:{port}: {error.strerror}") from error
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(
             app,

@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from robodual_client import tensors, wire
 
@@ -41,11 +41,13 @@ def decode_image(image: wire.Image, *, field: str, sides: range = tensors.IMAGE_
         raise ValueError(f"{field}: its {kind} header says {size}, the message ({image.height}, {image.width})")
     try:
         with Image.open(io.BytesIO(data), formats=(kind,)) as opened:
-            if opened.mode != "RGB" or opened.size != (image.width, image.height):
-                raise ValueError(f"{field}.data: expected an 8-bit RGB {kind}, got mode {opened.mode}")
-            return np.asarray(opened)
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+            mode, pixels = opened.mode, np.asarray(opened)
+    # Pillow raises each of these on damaged files; warnings, where they are made errors, on damaged metadata.
+    except (OSError, SyntaxError, ValueError, Warning) as error:
         raise ValueError(f"{field}.data: the {kind} is damaged or cut short: {error}") from error
+    if mode != "RGB" or pixels.shape != (image.height, image.width, 3):
+        raise ValueError(f"{field}.data: expected an 8-bit RGB {kind}, got mode {mode}, shape {pixels.shape}")
+    return pixels
 
 
 def is_compressed(image: wire.Image) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from robodual.serving.auth import Authenticator, AuthInterceptor
 from robodual.serving.calls import CallInterceptor
+from robodual.serving.errors import Unavailable
 from robodual.serving.http import HttpServer, application
 from robodual.serving.logging import configure
 from robodual.serving.metrics import Metrics
@@ -32,7 +33,7 @@ LAST_WORDS = 0.2  # seconds for an answer that is given to reach the wire
 
 
 class Server:
-    """One service's endpoints. HTTP answers from `start` on, so that loading can be watched; gRPC from `open` on."""
+    """One service's endpoints. They answer from `start` on, so that loading can be watched; methods from `open` on."""
 
     def __init__(
         self, settings: GeneralistSettings | SpecialistSettings, readiness: Readiness, metrics: Metrics
@@ -56,6 +57,10 @@ class Server:
             options=_options(settings),
             maximum_concurrent_rpcs=MAX_CALLS,
         )
+        self._methods = _Methods(self._name)
+        self._grpc.add_generic_rpc_handlers((self._methods,))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection((self._name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         self._publisher: asyncio.Task[None] | None = None
         self._end_streams: Callable[[], None] | None = None
 
@@ -64,24 +69,9 @@ class Server:
         return self._http.port
 
     async def start(self) -> None:
-        """Starts HTTP."""
+        """Listens on both ports; until `open`, methods are UNAVAILABLE. Raises `OSError` if a port is taken."""
         await self._http.start()
-
-    async def open(
-        self, servicer: object, info: wire.InfoResponse, *, end_streams: Callable[[], None] | None = None
-    ) -> None:
-        """Starts gRPC with `servicer` behind it; `end_streams` is called at the beginning of the drain.
-
-        Raises `OSError` if the address is taken.
-        """
-        self._info = info
-        self._end_streams = end_streams
         settings = self._settings
-        self._grpc.add_generic_rpc_handlers((rpc.handler(self._name, servicer),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection((self._name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
-        await self._publish()
-        self._publisher = asyncio.create_task(self._keep_publishing())
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         try:
             if settings.tls_certificate is not None and settings.tls_key is not None:
@@ -90,12 +80,22 @@ class Server:
             else:
                 self.port = self._grpc.add_insecure_port(f"{host}:{settings.port}")
         except RuntimeError as error:
-            raise OSError(
-                f"port: cannot listen on {host}:{settings.port}; is another service running there?"
-            ) from error
+            await self._http.stop()
+            # gRPC ends in order only what it has started.
+            await self._grpc.start()
+            await self._grpc.stop(None)
+            raise OSError(f"port: cannot listen on {host}:{settings.port}; does another service?") from error
+        await self._publish()
         await self._grpc.start()
+        self._publisher = asyncio.create_task(self._keep_publishing())
         if not is_loopback(settings.host) and settings.tls_certificate is None:
             logger.warning("tokens and frames travel unencrypted; set tls_certificate and tls_key")
+
+    def open(self, servicer: object, info: wire.InfoResponse, *, end_streams: Callable[[], None] | None = None) -> None:
+        """Puts `servicer` behind the methods; `end_streams` is called at the beginning of the drain."""
+        self._info = info
+        self._end_streams = end_streams
+        self._methods.serve(servicer)
 
     async def drain(self) -> None:
         """Takes no new calls, lets those in flight finish for `shutdown_grace` seconds, then stops gRPC."""
@@ -112,7 +112,8 @@ class Server:
         await stopping
 
     async def stop(self) -> None:
-        """Stops what is left: call after `drain`."""
+        """Stops at once what `drain` has left."""
+        await self._grpc.stop(None)
         if self._publisher is not None:
             self._publisher.cancel()
             await asyncio.gather(self._publisher, return_exceptions=True)
@@ -128,6 +129,28 @@ class Server:
         while True:
             await self.readiness.change()
             await self._publish()
+
+
+class _Methods(grpc.GenericRpcHandler):
+    """A service's methods: UNAVAILABLE until there is a servicer behind them."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._handler: grpc.GenericRpcHandler | None = None
+
+    def serve(self, servicer: object) -> None:
+        self._handler = rpc.handler(self._name, servicer)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        if self._handler is not None:
+            return self._handler.service(handler_call_details)
+        if handler_call_details.method.startswith(f"/{self._name}/"):
+            return grpc.stream_stream_rpc_method_handler(_not_yet)
+        return None
+
+
+def _not_yet(requests: Any, context: Any) -> AsyncIterator[Any]:
+    raise Unavailable("the model is loading; retry later")
 
 
 def deadline(context: Any) -> float | None:

@@ -21,8 +21,9 @@ from pydantic_settings import (
 )
 
 SHARED_PREFIX = "ROBODUAL_"
-# Variables of the client and of each service, which are not shared settings.
-OTHERS = ("ROBODUAL_TOKEN", "ROBODUAL_CLIENT_", "ROBODUAL_GENERALIST_", "ROBODUAL_SPECIALIST_")
+# Variables of the client, of the tests and of each service, which are not shared settings.
+TESTS = ("ROBODUAL_PARITY_DIR", "ROBODUAL_CALVIN_DATA", "ROBODUAL_PYTHON38")
+OTHERS = ("ROBODUAL_TOKEN", "ROBODUAL_CLIENT_", "ROBODUAL_GENERALIST_", "ROBODUAL_SPECIALIST_", *TESTS)
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]

@@ -273,7 +273,7 @@ async def serving(settings: SpecialistSettings, engine: SpecialistEngine | None 
             cleanup.push_async_callback(_cancel, asyncio.create_task(work))
         info = describe("specialist", model.facts, model.sensors)
         service = SpecialistService(settings, batcher, sessions, feed, info, metrics)
-        await endpoints.open(service, info, end_streams=service.end_streams)
+        endpoints.open(service, info, end_streams=service.end_streams)
         cleanup.push_async_callback(endpoints.drain)
         yield endpoints
 

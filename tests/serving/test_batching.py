@@ -1,0 +1,181 @@
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from robodual.serving.batching import Batcher
+from robodual.serving.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from robodual.serving.metrics import Metrics
+
+
+class Model:
+    """Doubles numbers; the first batch waits for `go`, so that a test can fill the queue behind it."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.threads: set[int] = set()
+        self.go = threading.Event()
+
+    def __call__(self, items: Sequence[int]) -> list[int]:
+        self.batches.append(list(items))
+        self.threads.add(threading.get_ident())
+        self.go.wait(5)
+        if any(item < 0 for item in items):
+            raise ValueError(f"negative among {items}")
+        return [2 * item for item in items]
+
+
+@asynccontextmanager
+async def batching(
+    work: Callable[[Sequence[int]], Sequence[int]], *, max_batch: int = 4, max_queue: int = 100
+) -> AsyncIterator[Batcher[int, int]]:
+    batcher = Batcher(work, max_batch=max_batch, max_queue=max_queue, metrics=Metrics())
+    yield batcher
+    await batcher.close()
+
+
+async def submit(batcher: Batcher[int, int], item: int, session: str) -> asyncio.Task[int]:
+    """A submission that has reached the queue."""
+
+    async def answer() -> int:
+        return (await batcher.submit(item, session=session)).answer
+
+    task = asyncio.create_task(answer())
+    await asyncio.sleep(0.01)
+    return task
+
+
+async def test_what_waits_becomes_one_batch_in_one_thread() -> None:
+    model = Model()
+    async with batching(model) as batcher:
+        first = await submit(batcher, 1, "a")
+        rest = [await submit(batcher, item, name) for item, name in enumerate("bcdef", start=2)]
+        model.go.set()
+        assert await asyncio.gather(first, *rest) == [2, 4, 6, 8, 10, 12]
+    assert model.batches == [[1], [2, 3, 4, 5], [6]]
+    assert len(model.threads) == 1
+    assert threading.get_ident() not in model.threads
+
+
+async def test_an_idle_model_takes_a_request_at_once() -> None:
+    async with batching(lambda items: items) as batcher:
+        await batcher.submit(0, session="a")
+        loop = asyncio.get_running_loop()
+        times = []
+        for _ in range(20):
+            started = loop.time()
+            await batcher.submit(0, session="a")
+            times.append(loop.time() - started)
+    assert min(times) < 0.005
+
+
+async def test_sessions_take_turns() -> None:
+    model = Model()
+    async with batching(model, max_batch=2) as batcher:
+        tasks = [await submit(batcher, 0, "first")]
+        tasks += [await submit(batcher, item, "greedy") for item in (1, 2, 3, 4)]
+        tasks += [await submit(batcher, 10, "modest"), await submit(batcher, 20, "late")]
+        model.go.set()
+        await asyncio.gather(*tasks)
+    assert model.batches == [[0], [1, 10], [20, 2], [3, 4]]
+
+
+async def test_cancelled_requests_cost_no_compute() -> None:
+    model = Model()
+    async with batching(model) as batcher:
+        first = await submit(batcher, 0, "a")
+        cancelled, kept = await submit(batcher, 1, "b"), await submit(batcher, 2, "c")
+        cancelled.cancel()
+        await asyncio.sleep(0)
+        model.go.set()
+        await asyncio.gather(first, kept)
+    assert model.batches == [[0], [2]]
+
+
+async def test_a_request_cancelled_in_its_batch_leaves_its_neighbours_alone() -> None:
+    model = Model()
+    async with batching(model) as batcher:
+        running = await submit(batcher, 1, "a")
+        running.cancel()
+        await asyncio.sleep(0.01)
+        model.go.set()
+        assert (await batcher.submit(2, session="b")).answer == 4
+
+
+async def test_expired_requests_cost_no_compute() -> None:
+    model = Model()
+    async with batching(model) as batcher:
+        first = await submit(batcher, 0, "a")
+        soon = asyncio.get_running_loop().time() + 0.02
+        late = asyncio.create_task(batcher.submit(1, session="b", deadline=soon))
+        await asyncio.sleep(0.05)
+        model.go.set()
+        with pytest.raises(DeadlineExceeded):
+            await late
+        await first
+    assert model.batches == [[0]]
+
+
+async def test_a_bad_item_fails_alone() -> None:
+    model = Model()
+    async with batching(model) as batcher:
+        tasks = [await submit(batcher, item, str(item)) for item in (0, 1, -2, 3)]
+        model.go.set()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert outcomes[:2] == [0, 2]
+    assert isinstance(outcomes[2], ValueError)
+    assert outcomes[3] == 6
+
+
+async def test_a_model_that_loses_answers_fails_rather_than_mix_them_up() -> None:
+    async with batching(lambda items: list(items)[1:]) as batcher:
+        with pytest.raises(RuntimeError, match="0 answers to 1 requests"):
+            await batcher.submit(1, session="a")
+
+
+async def test_a_full_queue_refuses() -> None:
+    model = Model()
+    async with batching(model, max_queue=2) as batcher:
+        tasks = [await submit(batcher, item, name) for item, name in enumerate("abc")]
+        with pytest.raises(ResourceExhausted, match="2 requests wait"):
+            await batcher.submit(3, session="d")
+        model.go.set()
+        assert await asyncio.gather(*tasks) == [0, 2, 4]
+
+
+async def test_a_session_that_fills_the_queue_gives_way() -> None:
+    model = Model()
+    async with batching(model, max_queue=3) as batcher:
+        first = await submit(batcher, 0, "a")
+        greedy = [await submit(batcher, item, "greedy") for item in (1, 2, 3)]
+        with pytest.raises(ResourceExhausted):
+            await batcher.submit(4, session="greedy")
+        modest = await submit(batcher, 5, "modest")
+        model.go.set()
+        outcomes = await asyncio.gather(first, *greedy, modest, return_exceptions=True)
+    assert [*outcomes[:3], outcomes[4]] == [0, 2, 4, 10]
+    assert isinstance(outcomes[3], ResourceExhausted)
+
+
+async def test_close_finishes_the_batch_and_fails_what_waits() -> None:
+    model = Model()
+    async with batching(model) as batcher:
+        running, waiting = await submit(batcher, 0, "a"), await submit(batcher, 1, "b")
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0.01)
+        model.go.set()
+        await closing
+        outcomes = await asyncio.gather(running, waiting, return_exceptions=True)
+        assert all(isinstance(outcome, Unavailable) for outcome in outcomes)
+        with pytest.raises(Unavailable):
+            await batcher.submit(2, session="a")
+
+
+async def test_other_work_runs_in_the_models_thread() -> None:
+    model = Model()
+    model.go.set()
+    async with batching(model) as batcher:
+        await batcher.submit(0, session="a")
+        assert {await batcher.call(threading.get_ident)} == model.threads

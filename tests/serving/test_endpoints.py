@@ -1,0 +1,285 @@
+"""A service's endpoints: tokens, TLS, health, readiness, reflection and the HTTP side, with a servicer of no model."""
+
+import asyncio
+import datetime
+import ipaddress
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from robodual.serving.errors import FailedPrecondition
+from robodual.serving.metrics import Metrics
+from robodual.serving.readiness import Readiness
+from robodual.serving.server import Server
+from robodual.serving.settings import SpecialistSettings
+from robodual_client import wire
+from robodual_client.wire import rpc
+
+TOKENS = ("token-number-one-1", "token-number-two-2")
+INFO = wire.InfoResponse(service="specialist", version="1", profile="toy", details={"diffusion_steps": "10"})
+Start = Callable[..., AbstractAsyncContextManager[Server]]
+
+
+class Servicer:
+    async def Act(self, request: wire.ActRequest, context: Any) -> wire.ActResponse:
+        if request.step == 13:
+            raise FailedPrecondition("step: 13 is never served")
+        await asyncio.sleep(request.step / 100)
+        return wire.ActResponse(step=request.step)
+
+    async def ActStream(
+        self, requests: AsyncIterator[wire.ActRequest], context: Any
+    ) -> AsyncIterator[wire.ActResponse]:
+        async for request in requests:
+            yield wire.ActResponse(step=request.step)
+
+    async def Reset(self, request: wire.ResetRequest, context: Any) -> wire.ResetResponse:
+        raise RuntimeError("a secret")
+
+    async def Close(self, request: wire.CloseRequest, context: Any) -> wire.CloseResponse:
+        return wire.CloseResponse()
+
+    async def GetInfo(self, request: wire.InfoRequest, context: Any) -> wire.InfoResponse:
+        return INFO
+
+
+@asynccontextmanager
+async def started(**settings: Any) -> AsyncIterator[Server]:
+    server = Server(SpecialistSettings(**{"port": 0, "http_port": 0} | settings), Readiness(store="away"), Metrics())
+    await server.start()
+    server.open(Servicer(), INFO)
+    yield server
+    await server.drain()
+    await server.stop()
+
+
+def bearer(token: str) -> list[tuple[str, str]]:
+    return [("authorization", f"Bearer {token}")]
+
+
+def channel_to(server: Server) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
+
+
+async def http(server: Server, path: str, **options: Any) -> httpx.Response:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.http_port}", trust_env=False) as client:
+        return await client.get(path, **options)
+
+
+async def test_any_of_the_tokens_opens_and_nothing_else_does() -> None:
+    async with started(tokens=TOKENS) as server, channel_to(server) as channel:
+        stub = rpc.Stub(channel, rpc.SPECIALIST)
+        for token in TOKENS:
+            assert (await stub.GetInfo(wire.InfoRequest(), metadata=bearer(token))).profile == "toy"
+        wrong: list[Any] = [
+            None,
+            bearer(TOKENS[0][:-1]),
+            bearer(TOKENS[0] + "x"),
+            bearer(""),
+            [("authorization", TOKENS[0])],
+            [("authorization", f"Basic {TOKENS[0]}")],
+            [("token", TOKENS[0])],
+        ]
+        for metadata in wrong:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.GetInfo(wire.InfoRequest(), metadata=metadata)
+            assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+            stream = stub.ActStream(metadata=metadata)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stream.read()
+            assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        stream = stub.ActStream(metadata=bearer(TOKENS[1]))
+        await stream.write(wire.ActRequest(step=3))
+        assert (await stream.read()).step == 3
+        stream.cancel()
+
+
+async def test_reflection_needs_a_token_and_health_does_not() -> None:
+    async with started(tokens=TOKENS) as server, channel_to(server) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        await health.Check(health_pb2.HealthCheckRequest())
+        reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await reflect(iter([question])).read()
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        answer = await reflect(iter([question]), metadata=bearer(TOKENS[0])).read()
+        names = {service.name for service in answer.list_services_response.service}
+        assert {rpc.SPECIALIST, "grpc.health.v1.Health"} <= names
+
+
+async def test_http_asks_for_the_same_token_but_not_for_health() -> None:
+    async with started(tokens=TOKENS) as server:
+        for path in ("/metrics", "/info", "/openapi.json"):
+            refused = await http(server, path)
+            assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+            wrong = await http(server, path, headers={"Authorization": "Bearer token-number-three"})
+            assert wrong.status_code == 401
+            accepted = await http(server, path, headers={"Authorization": f"Bearer {TOKENS[1]}"})
+            assert accepted.status_code == 200
+        assert (await http(server, "/healthz")).json() == {"status": "ok"}
+        assert (await http(server, "/readyz")).status_code == 503
+        assert (await http(server, "/docs")).status_code == 404
+
+
+async def test_readiness_means_what_it_says_on_both_sides() -> None:
+    async with started() as server, channel_to(server) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+
+        async def state(service: str) -> str:
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
+            return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+        answer = await http(server, "/readyz")
+        assert (answer.status_code, answer.json()) == (503, {"ready": False, "missing": {"store": "away"}})
+        assert await state("") == await state(rpc.SPECIALIST) == "NOT_SERVING"
+        server.readiness.meet("store")
+        await asyncio.sleep(0.05)
+        answer = await http(server, "/readyz")
+        assert (answer.status_code, answer.json()) == (200, {"ready": True, "missing": {}})
+        assert await state("") == await state(rpc.SPECIALIST) == "SERVING"
+        server.readiness.lack("store", "gone")
+        await asyncio.sleep(0.05)
+        assert await state(rpc.SPECIALIST) == "NOT_SERVING"
+
+
+async def test_info_says_the_same_on_both_sides() -> None:
+    async with started() as server, channel_to(server) as channel:
+        assert await rpc.Stub(channel, rpc.SPECIALIST).GetInfo(wire.InfoRequest()) == INFO
+        answer = (await http(server, "/info")).json()
+        assert answer == {
+            "service": "specialist",
+            "version": "1",
+            "profile": "toy",
+            "details": {"diffusion_steps": "10"},
+        }
+
+
+async def test_before_the_model_is_loaded_both_sides_say_so() -> None:
+    server = Server(SpecialistSettings(port=0, http_port=0), Readiness(model="loading"), Metrics())
+    await server.start()
+    assert (await http(server, "/healthz")).status_code == 200
+    assert (await http(server, "/readyz")).json()["missing"] == {"model": "loading"}
+    assert (await http(server, "/info")).status_code == 503
+    async with channel_to(server) as channel:
+        for call in (
+            rpc.Stub(channel, rpc.SPECIALIST).GetInfo(wire.InfoRequest()),
+            rpc.Stub(channel, rpc.SPECIALIST).ActStream().read(),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call
+            assert (refused.value.code(), "loading" in (refused.value.details() or "")) == (
+                grpc.StatusCode.UNAVAILABLE,
+                True,
+            )
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=rpc.SPECIALIST))
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    await server.stop()
+
+
+async def test_answers_are_counted_by_status_and_unexpected_errors_tell_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    async with started() as server, channel_to(server) as channel:
+        stub = rpc.Stub(channel, rpc.SPECIALIST)
+        await stub.Act(wire.ActRequest(step=1))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Act(wire.ActRequest(step=13))
+        assert (refused.value.code(), refused.value.details()) == (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "step: 13 is never served",
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Reset(wire.ResetRequest())
+        assert refused.value.code() == grpc.StatusCode.INTERNAL
+        assert "secret" not in (refused.value.details() or "")
+        text = (await http(server, "/metrics")).text
+    for line in (
+        'robodual_requests_total{code="OK",method="Act"} 1.0',
+        'robodual_requests_total{code="FAILED_PRECONDITION",method="Act"} 1.0',
+        'robodual_requests_total{code="INTERNAL",method="Reset"} 1.0',
+    ):
+        assert line in text
+
+
+async def test_a_drain_waits_for_calls_but_not_for_health_watchers() -> None:
+    async with started() as server, channel_to(server) as channel:
+        await channel.channel_ready()
+        watcher = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        await watcher.read()
+        call = rpc.Stub(channel, rpc.SPECIALIST).Act(wire.ActRequest(step=50))
+        await asyncio.sleep(0.1)
+        loop = asyncio.get_running_loop()
+        started_at = loop.time()
+        await server.drain()
+        assert (await call).step == 50
+        assert 0.3 < loop.time() - started_at < 3
+
+
+async def test_calls_over_the_grace_are_cut_short() -> None:
+    async with started(shutdown_grace=0.2) as server, channel_to(server) as channel:
+        await channel.channel_ready()
+        call = rpc.Stub(channel, rpc.SPECIALIST).Act(wire.ActRequest(step=1000))
+        await asyncio.sleep(0.1)
+        await server.drain()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call
+
+
+async def test_a_port_that_is_taken_is_an_error_at_once() -> None:
+    async with started() as server:
+        for settings in ({"port": server.port, "http_port": 0}, {"port": 0, "http_port": server.http_port}):
+            with pytest.raises(OSError, match=r"port|in use"):
+                async with started(**settings):
+                    pass
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "robodual test")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    paths = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    paths[0].write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    paths[1].write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return paths
+
+
+async def test_tls_is_spoken_where_it_is_configured_and_plain_text_refused(certificate: tuple[Path, Path]) -> None:
+    path, key = certificate
+    async with started(tls_certificate=path, tls_key=key) as server:
+        credentials = grpc.ssl_channel_credentials(path.read_bytes())
+        async with grpc.aio.secure_channel(f"127.0.0.1:{server.port}", credentials) as channel:
+            assert await rpc.Stub(channel, rpc.SPECIALIST).GetInfo(wire.InfoRequest(), timeout=10) == INFO
+        async with channel_to(server) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await rpc.Stub(channel, rpc.SPECIALIST).GetInfo(wire.InfoRequest(), timeout=10)
+            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(httpx.TransportError):
+            await http(server, "/healthz")
