@@ -50,7 +50,8 @@ def durations(histogram: Histogram, label: str) -> str:
     for q, name in ((0.5, "p50"), (0.99, "p99")):
         at = x(histogram.quantile(q))
         parts.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>')
-        parts.append(_text(at + 4, _TOP + (8 if q == 0.5 else 22), name, "note"))
+        side = (at + 4, "note") if at < _WIDTH - _RIGHT - 30 else (at - 4, "note end")
+        parts.append(_text(side[0], _TOP + (8 if q == 0.5 else 22), name, side[1]))
     return _svg(parts, label)
 
 

@@ -63,6 +63,8 @@ def _run(
             elif isinstance(event, Failed):
                 shown.note(f"sequence {event.number} is repeated: {event.reason}")
             elif isinstance(event, Ready):
+                if event.facts and "environment" not in entry:
+                    shown.note("; ".join(event.facts.values()))
                 entry["environment"] = event.facts
 
 

@@ -15,6 +15,7 @@ from robodual_client.calvin.rollout import Observation
 RATE = 30  # frames a second, CALVIN's control rate
 PANEL, CAPTION = 320, 68
 WIDTH, HEIGHT = 2 * PANEL, PANEL + CAPTION
+_MARKS = WIDTH - 150  # where the chain's marks begin
 HOLD = 15  # frames for which a subtask's last picture stays, with its verdict
 
 _INK, _MUTED, _GROUND, _TRACK = (236, 239, 244), (146, 155, 168), (17, 20, 25), (44, 50, 60)
@@ -76,7 +77,7 @@ class Video:
 
     def finish(self, success: bool) -> None:
         self._verdicts.append(success)
-        self._last.paste(self._draw_caption().crop((WIDTH // 2, 36, WIDTH, CAPTION)), (WIDTH // 2, PANEL + 36))
+        self._last.paste(self._draw_caption().crop((_MARKS, 36, WIDTH, CAPTION)), (_MARKS, PANEL + 36))
         draw = ImageDraw.Draw(self._last)
         text, colour = ("solved", _GOOD) if success else ("failed", _BAD)
         width = draw.textlength(text, font=self._large)
