@@ -1,4 +1,4 @@
-"""The command line: `robodual up | serve | evaluate | demo | doctor`."""
+"""The command line of RoboDual Serve: a dual-system robot policy as a pair of services."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TextIO, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -29,6 +29,7 @@ stderr = Console(stderr=True)
 S = TypeVar("S", bound=BaseSettings)
 
 PROFILE_HELP = "Model shapes: robodual-7b, or toy (seeded random weights at test widths)."
+FREE_PORT_HELP = "0 chooses a free one."
 DEVICE_HELP = "auto, cpu, cuda or cuda:N."
 
 Profile = Annotated[str | None, typer.Option(help=PROFILE_HELP)]
@@ -97,8 +98,10 @@ def up(
     specialist_checkpoint: Checkpoint = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     redis_url: RedisUrl = None,
-    generalist_port: int = 50051,
-    specialist_port: int = 50052,
+    generalist_port: Annotated[int, typer.Option(help=FREE_PORT_HELP)] = 50051,
+    specialist_port: Annotated[int, typer.Option(help=FREE_PORT_HELP)] = 50052,
+    generalist_http_port: Annotated[int, typer.Option(help=FREE_PORT_HELP)] = 8051,
+    specialist_http_port: Annotated[int, typer.Option(help=FREE_PORT_HELP)] = 8052,
 ) -> None:
     """Starts Redis and both services in one terminal, and stops them all on Ctrl-C."""
     checkpoints = {"generalist": generalist_checkpoint, "specialist": specialist_checkpoint}
@@ -106,7 +109,7 @@ def up(
         profile=profile,
         redis_url=redis_url or os.environ.get("ROBODUAL_REDIS_URL"),
         ports={"generalist": generalist_port, "specialist": specialist_port},
-        http_ports={"generalist": 8051, "specialist": 8052},
+        http_ports={"generalist": generalist_http_port, "specialist": specialist_http_port},
         checkpoints={name: path for name, path in checkpoints.items() if path is not None},
         device=device,
     )
@@ -121,6 +124,10 @@ def up(
 def _print_line(service: str, line: str) -> None:
     colour = {"generalist": "magenta", "specialist": "cyan"}[service]
     console.print(f"[{colour}]{service:>10}[/] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def _writer(file: TextIO) -> Callable[[str, str], None]:
+    return lambda service, line: print(service, line, file=file, flush=True)
 
 
 @contextmanager
@@ -147,6 +154,50 @@ def _pair_table(pair: Pair) -> Table:
         table.add_row(name, address, f"http://127.0.0.1:{pair.http_ports[name]}/info")
     table.add_row("redis", "its own" if pair.options.redis_url is None else "as given", "")
     return table
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(context: typer.Context) -> None:
+    """Runs CALVIN's five-task sequences: robodual-client's evaluate, and its merge and compare."""
+    from robodual_client.cli import main
+
+    subcommand = context.args[:1] in (["merge"], ["compare"])
+    main(context.args if subcommand else ["evaluate", *context.args])
+
+
+@app.command()
+def demo(
+    sequences: Annotated[int, typer.Option(min=1, max=1000, help="How many five-task sequences.")] = 5,
+    workers: Annotated[int, typer.Option(min=1, help="Simulator processes.")] = 2,
+    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "toy",
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default a new one under runs/.")] = None,
+) -> None:
+    """Redis, both services and a simulator on this machine: five-task sequences, the table, a report with videos."""
+    from robodual.demo import run
+    from robodual_client.calvin import EvaluationError
+
+    folder = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    shown = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "services.log").open("a") as log, _pair(Options(profile=profile), _writer(log)) as pair:
+            console.print(_pair_table(pair))
+            console.rule(f"{sequences} sequences through both services ({profile})")
+            through = run(sequences, workers, folder / "pair", "services", pair.addresses)
+            shown.append((f"the pair ({profile})", *through))
+        console.rule("the same by the scripted expert, without services")
+        shown.append(("scripted expert", *run(sequences, workers, folder / "expert", "expert")))
+    except EvaluationError as error:
+        stderr.print(f"[red]{escape(str(error))}[/]")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    for name, results, page in shown:
+        console.rule(name)
+        console.print(results.table(), highlight=False)
+        console.print(f"report: [bold]{escape(str(page))}[/]", soft_wrap=True)
+    if profile == "toy":
+        console.print("\nThe toy pair has random weights: it shows the plumbing, and solves nothing.")
 
 
 @app.command()
