@@ -131,9 +131,13 @@ def _load(settings: GeneralistSettings) -> GeneralistEngine:
     return load_generalist(
         settings.profile,
         checkpoint=settings.checkpoint,
+        adapters=settings.adapters,
         device=settings.device,
         dtype=settings.dtype,
         seed=settings.seed,
+        attention=settings.attention,
+        quantisation=settings.quantisation,
+        constrained=settings.constrained,
     )
 
 

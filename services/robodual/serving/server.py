@@ -160,7 +160,11 @@ def deadline(context: Any) -> float | None:
 
 
 def run(settings: Settings, service: AbstractAsyncContextManager[Server]) -> None:
-    """Serves until SIGTERM or SIGINT, then drains. Blocks; uses uvloop where it is installed."""
+    """Serves until SIGTERM or SIGINT, then drains. Blocks; uses uvloop where it is installed.
+
+    Exits with status 1 and one line in the log where the service cannot start: a port that is taken, a file that is
+    missing, a setting or a checkpoint that does not fit.
+    """
     configure(settings)
 
     async def main() -> None:
@@ -174,12 +178,17 @@ def run(settings: Settings, service: AbstractAsyncContextManager[Server]) -> Non
             logger.info("draining")
         logger.info("stopped")
 
-    if sys.platform == "win32":
-        asyncio.run(main())
-    else:
-        import uvloop
+    try:
+        if sys.platform == "win32":
+            asyncio.run(main())
+        else:
+            import uvloop
 
-        uvloop.run(main())
+            uvloop.run(main())
+    except (OSError, ValueError) as error:
+        logger.error("cannot serve", reason=str(error))
+        logger.debug("traceback", exc_info=error)
+        raise SystemExit(1) from error
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:

@@ -20,6 +20,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from robodual.images import Strategy
+
 SHARED_PREFIX = "ROBODUAL_"
 # Variables of the client, of the tests and of each service, which are not shared settings.
 TESTS = ("ROBODUAL_PARITY_DIR", "ROBODUAL_CALVIN_DATA", "ROBODUAL_PYTHON38")
@@ -101,16 +103,31 @@ class GeneralistSettings(Settings):
     model_config = SettingsConfigDict(env_prefix="ROBODUAL_GENERALIST_")
     service: ClassVar[str] = "generalist"
 
-    checkpoint: Path | None = None
+    checkpoint: str | None = Field(None, description="a folder, or a hub id (openvla/openvla-7b)")
+    adapters: Annotated[tuple[Path, ...], NoDecode] = Field((), description="LoRA folders, in order; comma-separated")
+    attention: str = Field("auto", description="auto, sdpa, flash_attention_2 or eager")
+    quantisation: str = Field("none", description="none, int8 or nf4")
+    constrained: bool | None = Field(None, description="decoding keeps to 8 x 7 actions; by default the profile's")
     port: Port = 50051
     http_port: Port = 8051
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _split_adapters(cls, value: object) -> object:
+        return tuple(folder.strip() for folder in value.split(",")) if isinstance(value, str) else value
 
 
 class SpecialistSettings(Settings):
     model_config = SettingsConfigDict(env_prefix="ROBODUAL_SPECIALIST_")
     service: ClassVar[str] = "specialist"
 
-    checkpoint: Path | None = None
+    checkpoint: Path | None = Field(None, description="a published EMA .pt, or our .safetensors")
+    image_strategy: Strategy = Field("resize-naive", description="how frames become square, as in training")
+    with_depth: bool | None = Field(None, description="sensors; by default the checkpoint's or the profile's")
+    with_gripper: bool | None = None
+    with_tactile: bool | None = None
+    diffusion_steps: int | None = Field(None, ge=1, le=100, description="by default the checkpoint's: 10 as published")
+    guidance_scale: float | None = Field(None, ge=0, le=100, description="1: no guidance; 3 as published")
     port: Port = 50052
     http_port: Port = 8052
     max_sessions: Count = 256

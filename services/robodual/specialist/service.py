@@ -34,6 +34,7 @@ logger = structlog.get_logger(__name__)
 
 PATIENCE = 0.05  # seconds that an announcement gets before the store is asked directly
 MARGIN = 0.02  # seconds before a caller's deadline at which waiting ends, so that the reason still reaches it
+SENSOR_FLAGS = ("with_depth", "with_gripper", "with_tactile")
 DRAINING = "the service is shutting down; go on with another replica"
 
 
@@ -290,6 +291,10 @@ def _load(settings: SpecialistSettings) -> SpecialistEngine:
         device=settings.device,
         dtype=settings.dtype,
         seed=settings.seed,
+        strategy=settings.image_strategy,
+        sensors={name: value for name in SENSOR_FLAGS if (value := getattr(settings, name)) is not None},
+        diffusion_steps=settings.diffusion_steps,
+        guidance_scale=settings.guidance_scale,
     )
 
 
