@@ -19,7 +19,7 @@ from robodual_client.calvin.results import merge
 from robodual_client.calvin.rollout import run_sequence
 from robodual_client.calvin.sequences import published
 
-Make = Callable[..., Options]
+Make = "Callable[..., Options]"
 
 
 def outcomes(results: Results) -> list[Any]:
