@@ -57,6 +57,8 @@ class Security:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
+            ("grpc.keepalive_time_ms", 10_000),  # a host that went silent is noticed within 15 s, idle streams included
+            ("grpc.keepalive_timeout_ms", 5_000),
         ]
         if _is_loopback(address):
             options.append(("grpc.enable_http_proxy", 0))
