@@ -39,14 +39,27 @@ HttpPort = Annotated[int | None, typer.Option(help="Port of /healthz, /readyz, /
 Host = Annotated[str | None, typer.Option(help="Address to bind; others than loopback need a token.")]
 RedisUrl = Annotated[str | None, typer.Option(help="redis://, rediss:// or unix://; ROBODUAL_REDIS_URL.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights; without it, seeded random ones.")]
+Folder = Annotated[str | None, typer.Option(help="Weights: a folder or a hub id; without it, seeded random ones.")]
+Sensor = Annotated[bool | None, typer.Option(help="Where it is to differ from the checkpoint or the profile.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
 
 
 @serve.command()
 def generalist(
     context: typer.Context,
     profile: Profile = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: Folder = None,
+    adapters: Annotated[
+        list[Path] | None, typer.Option("--adapter", help="A LoRA folder, merged at load; several in order.")
+    ] = None,
     device: Device = None,
+    dtype: Dtype = None,
+    attention: Annotated[str | None, typer.Option(help="auto, sdpa, flash_attention_2 or eager.")] = None,
+    quantisation: Annotated[str | None, typer.Option(help="none, int8 or nf4 (CUDA).")] = None,
+    constrained: Annotated[
+        bool | None,
+        typer.Option("--constrained/--free", help="Whether decoding keeps to 8 x 7 actions; else the profile says."),
+    ] = None,
     host: Host = None,
     port: Port = None,
     http_port: HttpPort = None,
@@ -65,6 +78,15 @@ def specialist(
     profile: Profile = None,
     checkpoint: Checkpoint = None,
     device: Device = None,
+    dtype: Dtype = None,
+    image_strategy: Annotated[
+        str | None, typer.Option(help="resize-naive, letterbox or resize-crop, as in training.")
+    ] = None,
+    with_depth: Sensor = None,
+    with_gripper: Sensor = None,
+    with_tactile: Sensor = None,
+    diffusion_steps: Annotated[int | None, typer.Option(help="DDIM steps of an answer; published: 10.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1: no guidance; published: 3.")] = None,
     host: Host = None,
     port: Port = None,
     http_port: HttpPort = None,
@@ -84,7 +106,7 @@ def _settings(kind: type[S], context: typer.Context) -> S:
         typer.Exit: with one line per setting that is wrong.
     """
     try:
-        return kind(**{name: value for name, value in context.params.items() if value is not None})
+        return kind(**{name: value for name, value in context.params.items() if value not in (None, ())})
     except ValidationError as error:
         for fault in error.errors():
             stderr.print(f"[red]{'.'.join(map(str, fault['loc'])) or 'settings'}[/]: {fault['msg']}")
