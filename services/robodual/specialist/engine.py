@@ -171,6 +171,8 @@ def load_specialist(
     seed: int = 0,
     strategy: Strategy = "resize-naive",
     sensors: Mapping[str, bool] | None = None,
+    diffusion_steps: int | None = None,
+    guidance_scale: float | None = None,
 ) -> SpecialistEngine:
     """Builds an engine.
 
@@ -183,6 +185,8 @@ def load_specialist(
         strategy: how frames become square; the generalist's checkpoint says it in `image_resize_strategy`
         sensors: `with_depth`, `with_gripper`, `with_tactile` where they are to differ from the profile's, or from the
             checkpoint's own
+        diffusion_steps: DDIM steps of one answer, 1 to 100, where they are to differ; so does `guidance_scale`, the
+            weight of classifier-free guidance (1: none)
 
     Raises:
         ValueError: naming the argument, if it is none of these.
@@ -199,6 +203,10 @@ def load_specialist(
         policy = Policy(replace(config, **(sensors or {}))).initialize(seed)
     else:
         policy = load(checkpoint, config, sensors)
+    if diffusion_steps is not None:
+        policy.config = replace(policy.config, diffusion_steps=diffusion_steps)
+    if guidance_scale is not None:
+        policy.config = replace(policy.config, guidance_scale=guidance_scale)
     policy.to(torch.device(device), DTYPES["float32" if dtype == "auto" else dtype])
     return SpecialistEngine(policy, _facts(profile, policy, strategy), strategy)
 
