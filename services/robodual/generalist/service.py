@@ -20,7 +20,7 @@ from robodual.serving.batching import Batcher
 from robodual.serving.errors import InvalidArgument, Unavailable
 from robodual.serving.info import describe
 from robodual.serving.metrics import Metrics
-from robodual.serving.readiness import Readiness
+from robodual.serving.readiness import Background, Readiness
 from robodual.serving.server import Server
 from robodual.serving.settings import GeneralistSettings
 from robodual.serving.timings import Timings
@@ -114,8 +114,9 @@ async def serving(settings: GeneralistSettings, engine: GeneralistEngine | None 
         cleanup.push_async_callback(batcher.close)
         await batcher.call(think, [Glance(np.zeros((200, 200, 3), np.uint8), "warm up")])
         readiness.meet("model")
-        heartbeat = asyncio.create_task(_watch(store, readiness, metrics))
-        cleanup.push_async_callback(_cancel, heartbeat)
+        background = Background(readiness)
+        background.run("heartbeat", _watch(store, readiness, metrics))
+        cleanup.push_async_callback(background.close)
         info = describe("generalist", model.facts, ["rgb_static"])
         endpoints.open(GeneralistService(batcher, store, info, metrics), info)
         cleanup.push_async_callback(endpoints.drain)
@@ -155,11 +156,6 @@ async def _watch(store: Store, readiness: Readiness, metrics: Metrics) -> None:
             readiness.meet("store")
             metrics.store_up.set(1)
         await asyncio.sleep(HEARTBEAT)
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 @contextlib.contextmanager

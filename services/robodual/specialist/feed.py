@@ -59,7 +59,7 @@ class Feed:
             session.following = True
             task = asyncio.create_task(self._follow(session))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._ended)
 
     async def refresh(self, session: Session) -> None:
         """Fetches and projects the session's latest conditioning. A store or a record that fails is logged."""
@@ -91,6 +91,11 @@ class Feed:
                     await self.refresh(session)
             finally:
                 session.following = False
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("conditioning not projected", exc_info=task.exception())
 
     def _lost(self, reason: str) -> None:
         if self.up or "store" not in self._readiness.missing:

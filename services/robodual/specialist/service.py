@@ -19,7 +19,7 @@ from robodual.serving.batching import Batcher
 from robodual.serving.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from robodual.serving.info import describe
 from robodual.serving.metrics import Metrics
-from robodual.serving.readiness import Readiness
+from robodual.serving.readiness import Background, Readiness
 from robodual.serving.server import Server
 from robodual.serving.settings import SpecialistSettings
 from robodual.serving.timings import Timings
@@ -270,8 +270,10 @@ async def serving(settings: SpecialistSettings, engine: SpecialistEngine | None 
 
         feed = Feed(store, sessions, project, readiness=readiness, metrics=metrics)
         cleanup.push_async_callback(feed.close)
-        for work in (feed.run(), _expire(sessions, settings.session_ttl)):
-            cleanup.push_async_callback(_cancel, asyncio.create_task(work))
+        background = Background(readiness)
+        background.run("feed", feed.run())
+        background.run("expiry", _expire(sessions, settings.session_ttl))
+        cleanup.push_async_callback(background.close)
         info = describe("specialist", model.facts, model.sensors)
         service = SpecialistService(settings, batcher, sessions, feed, info, metrics)
         endpoints.open(service, info, end_streams=service.end_streams)
@@ -319,8 +321,3 @@ async def _expire(sessions: Sessions, ttl: float) -> None:
         await asyncio.sleep(min(ttl / 4, 10.0))
         for identity in sessions.expire():
             logger.info("session expired", session=identity)
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
