@@ -42,7 +42,7 @@ def test_a_fresh_process_reproduces_the_recorded_run(calvin_root: Path, file: Pa
     answer = subprocess.run(command, env=environment, cwd=str(tmp_path), stdout=subprocess.PIPE, check=True)
     differences = json.loads(answer.stdout.decode())
     recorded = {name for name in trace.load(file) if name in trace.STATES + trace.FRAMES}
-    assert differences == {name: None for name in recorded}
+    assert differences == dict.fromkeys(recorded)
 
 
 def test_recordings_are_there() -> None:

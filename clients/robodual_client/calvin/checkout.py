@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
+from robodual_client.errors import RoboDualError
+
 ENVIRONMENT_VARIABLE = "CALVIN_ROOT"
 SCENES = ("A", "B", "C", "D")
 
@@ -18,7 +20,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _HEAD = 4096  # an .obj file names its materials, and a pointer says what it is, in the first lines
 
 
-class SimulatorError(RuntimeError):
+class SimulatorError(RoboDualError, RuntimeError):
     """The simulator cannot start. The message is one line for a person: what is wrong, and what to do."""
 
 

@@ -61,13 +61,22 @@ class CalvinEnvironment:
         self.cameras = tuple(cameras)
         self._published = shim.simulator(self.checkout)
         if not cameras:
-            self.renderer = Renderer("cpu", None, "none: no cameras")
+            self.renderer = Renderer("cpu")
         else:
             self.renderer = render if isinstance(render, Renderer) else choose(render)
         self._config = _compose(self.checkout, scene)
         self._sim: Any = None
         self._fresh = False
         self._start()
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a result is measured in, for its provenance and for people."""
+        return {
+            "simulator": f"calvin_env {self.checkout.commit() or 'of unknown commit'}",
+            "scene": f"scene {self.scene}",
+            "renderer": self.renderer.sentence if self.cameras else "no cameras",
+        }
 
     def reset(self, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None) -> Observation:
         """Puts robot and scene into the given states and returns the observation one physics step later.

@@ -40,6 +40,11 @@ class Renderer:
     device: int | None = None
     description: str = "pybullet's software renderer"
 
+    @property
+    def sentence(self) -> str:
+        """What draws, and what that costs."""
+        return f"rendering with {self.description}" if self.name == "egl" else f"rendering takes {_CPU_COST}"
+
 
 def choose(render: str = "auto") -> Renderer:
     """The renderer for `render`: "egl", "cpu", or "auto", which is EGL on a GPU, else the CPU with a warning.

@@ -29,7 +29,7 @@ class Simulator(Protocol):
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a replay first leaves its recording (`index`: step first, then column or pixel), and by how much at most."""
+    """Where a replay first leaves its recording (`index`: step, then column; or pixel), and by how much at most."""
 
     index: tuple[int, ...]
     recorded: float
