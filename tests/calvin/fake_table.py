@@ -23,11 +23,13 @@ Contact = tuple  # (other body, its link)
 
 
 class FakeTable:
-    """action[0] = 1 + a task's index does that task; anything else does nothing."""
+    """action[0] = 1 + a task's index does that task; anything else does nothing. A `wild` table also does some task,
+    which one depends on action[1] and action[2], whenever action[0] is over a half."""
 
-    def __init__(self, broken: bool = False) -> None:
+    def __init__(self, broken: bool = False, wild: bool = False) -> None:
         if broken:
             raise RuntimeError("the fake simulator was told\nnot to start")
+        self.wild = wild
         self.facts = {"render": "none"}
 
     def reset(self, robot_obs: Any = None, scene_obs: Any = None) -> dict[str, Any]:
@@ -46,6 +48,8 @@ class FakeTable:
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, dict[str, Any]]:
         if 1 <= action[0] <= len(NAMES):
             self.do(NAMES[int(action[0]) - 1])
+        elif self.wild and action[0] > 0.5:
+            self.do(NAMES[int(abs(action[1] + action[2]) * 1e4) % len(NAMES)])
         return self.get_obs(), 0.0, False, self.get_info()
 
     def do(self, task: str) -> None:
@@ -58,9 +62,9 @@ class FakeTable:
             self.doors["base__slide"] += 0.2 if rest[-1] == "left" else -0.2
         elif verb in ("open", "close"):
             self.doors["base__drawer"] += 0.2 if verb == "open" else -0.2
-        elif task == "push_into_drawer":
+        elif task == "push_into_drawer" and on_table:
             self.contacts[on_table[0]] = {(TABLE, LINKS["drawer_link"])}
-        elif verb == "push":
+        elif verb == "push" and block:
             self.position[block][0] += 0.2 if rest[-1] == "right" else -0.2
         elif verb == "rotate":
             self.yaw[block] += np.pi / 2 if rest[-1] == "left" else -np.pi / 2
@@ -71,7 +75,7 @@ class FakeTable:
         elif verb == "place" and self.held:
             link = "plank_link" if rest[-1] == "slider" else "drawer_link"
             self.contacts[self.held], self.held = {(TABLE, LINKS[link])}, None
-        elif verb == "stack" and self.held:
+        elif verb == "stack" and self.held and on_table:
             below = on_table[0]
             self.contacts[self.held] = {(UIDS[below], -1)}
             self.contacts[below] = {(UIDS[self.held], -1), (TABLE, LINKS["base_link"])}
@@ -84,6 +88,10 @@ class FakeTable:
         static[:, : int(200 * min(1, max(0, self.doors["base__slide"] * 2))), 2] = 220
         return {
             "rgb_obs": {"rgb_static": static, "rgb_gripper": np.full((84, 84, 3), 160, np.uint8)},
+            "depth_obs": {
+                "depth_static": np.full((200, 200), 4.0, np.float32),
+                "depth_gripper": np.full((84, 84), 0.5, np.float32),
+            },
             "robot_obs": self.robot,
             "scene_obs": self.scene,
         }

@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_table import FakeTable, Scripted
 
-from robodual_client.calvin import EvaluationError, Options, Results, evaluate
+from robodual_client.calvin import EvaluationError, Results, evaluate
 from robodual_client.calvin.annotations import load
 from robodual_client.calvin.results import merge
 from robodual_client.calvin.rollout import run_sequence

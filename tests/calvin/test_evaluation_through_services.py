@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "client"))
+
+from fake_services import FakeGeneralist, FakeSpecialist
+
+from robodual_client.calvin import EvaluationError, Options, Results, evaluate
+from robodual_client.calvin.progress import Silent
+from robodual_client.calvin.records import Record
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[FakeGeneralist, FakeSpecialist]]:
+    generalist, specialist = FakeGeneralist(), FakeSpecialist()
+    yield generalist, specialist
+    generalist.kill()
+    specialist.kill()
+
+
+@pytest.fixture
+def through(options: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpecialist]) -> Callable[..., Options]:
+    """Options of a run of the services on a table on which something happens whatever they answer."""
+    addresses = {"generalist": pair[0].address, "specialist": pair[1].address, "schedule": "published"}
+    settings: dict[str, Any] = {"policy": "services", "policy_options": addresses, "env_options": {"wild": True}}
+    return lambda name, **changes: options(name, **{**settings, "ep_len": 90, **changes})
+
+
+def outcomes(results: Results) -> list[Any]:
+    return sorted((record.outcome(), record.steps) for record in results.sequences.values())
+
+
+class Killer(Silent):
+    """Kills a service when the second sequence is finished, and starts it anew, without memory."""
+
+    def __init__(self, service: FakeSpecialist) -> None:
+        super().__init__()
+        self.service = service
+
+    def finished(self, record: Record, results: Results, total: int) -> None:
+        if len(results.sequences) == 2:
+            self.service.kill()
+            self.service.start()
+
+
+def test_a_run_records_what_the_services_answered(
+    through: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpecialist]
+) -> None:
+    results = evaluate(through("run", numbers=(0, 1, 2)))
+    steps = sum(sum(record.steps) for record in results.sequences.values())
+    assert len(results.milliseconds("act")) == steps == sum(results.ages().values())
+    assert len(results.milliseconds("condition")) == len(pair[0].requests("Condition"))
+    assert max(results.ages()) == 7
+    assert results.provenance[0]["services"]["specialist"]["checkpoint"] == "c0ffee"
+    assert results.protocol["models"]["generalist"] == {"profile": "fake", "checkpoint": ""}
+    assert results.protocol["policy_options"] == {"schedule": "published"}
+    sessions = {request.session_id for request in pair[1].requests("Act")}
+    assert len(sessions) == 3 == len(pair[1].requests("Close"))
+
+
+def test_a_specialist_killed_in_the_middle_changes_nothing(
+    through: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpecialist]
+) -> None:
+    whole = evaluate(through("whole"))
+    disturbed = evaluate(through("disturbed", workers=2), Killer(pair[1]))
+    assert outcomes(whole) == outcomes(disturbed)
+    assert len({record.solved for record in whole.sequences.values()}) > 1
+
+
+def test_noise_depends_on_the_seed_and_the_sequence_alone(
+    through: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpecialist]
+) -> None:
+    evaluate(through("first", numbers=(4, 5)))
+    first = {request.seed for request in pair[1].requests("Reset")}
+    pair[1].calls.clear()
+    evaluate(through("second", numbers=(5,)))
+    second = {request.seed for request in pair[1].requests("Reset")}
+    assert len(first) == 2
+    assert second < first
+
+
+def test_another_checkpoint_does_not_resume_the_run(
+    through: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpecialist]
+) -> None:
+    evaluate(through("run", numbers=(0,)))
+    pair[1].checkpoint = "decaf"
+    with pytest.raises(EvaluationError, match="models"):
+        evaluate(through("run", numbers=(0, 1), resume=True))
+
+
+def test_services_that_are_away_end_the_run_before_it_starts(
+    through: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpecialist], tmp_path: Path
+) -> None:
+    pair[1].kill()
+    with pytest.raises(EvaluationError, match=r"services: Specialist.GetInfo at 127.0.0.1"):
+        evaluate(through("run"))
+    assert list((tmp_path / "run").iterdir()) == []
