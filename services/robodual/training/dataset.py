@@ -28,10 +28,10 @@ class Sample:
 
     The generalist learns from `first_frame` (uint8 [H, W, 3]), `instruction` and `first_actions` (float32 [8, 7]); the
     specialist from `frame`, `previous` (uint8 [H, W, 3]) and `actions` (float32 [8, 7]), given the generalist's
-    conditioning on the former. history: [4, 7]; valid_cond_mask: [8]. `index` is the window's number in the data set.
+    conditioning on the former. history: [4, 7]; valid_cond_mask: [8].
     """
 
-    index: int
+    key: Key  # epoch, and the window's number in the data set
     window: Window
     task: str
     instruction: str
@@ -122,10 +122,10 @@ class CalvinDataset(Dataset[Sample]):
         start = int(self.starts[index])
         if not self.recording.complete(np.array([start]), WINDOW + shift).all():
             start += DETOUR
-        sample = self._read(index, Window(start, shift), span.task, instruction)
+        sample = self._read(key, Window(start, shift), span.task, instruction)
         return _augmented(sample, random) if self.augment else sample
 
-    def _read(self, index: int, window: Window, task: str, instruction: str) -> Sample:
+    def _read(self, key: Key, window: Window, task: str, instruction: str) -> Sample:
         wanted: dict[int, set[str]] = {step: {"rel_actions"} for step in window.steps}
         wanted[window.start].add("rgb_static")
         wanted[window.previous].add("rgb_static")
@@ -137,7 +137,7 @@ class CalvinDataset(Dataset[Sample]):
         actions = np.stack([steps[step]["rel_actions"] for step in window.steps]).astype(np.float32)
         current = steps[window.current]
         return Sample(
-            index=index,
+            key=key,
             window=window,
             task=task,
             instruction=instruction,

@@ -1,0 +1,66 @@
+"""What a training shows: a progress line, TensorBoard where it is installed, and a JSON line for every report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from robodual.training.loop import Report
+
+LOG = "log.jsonl"
+
+
+class Display:
+    """Takes reports on the leading process."""
+
+    def __init__(self, output: Path, max_steps: int, console: Console) -> None:
+        self.path = output / LOG
+        self.bar = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"),
+            TimeRemainingColumn(), TextColumn("{task.description}"), console=console,
+        )  # fmt: skip
+        self.line = self.bar.add_task("", total=max_steps, start=False)
+        self.board: Any = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(output / "tensorboard"))
+
+    def __call__(self, report: Report) -> None:
+        values = {
+            "loss": report.loss,
+            **report.metrics,
+            "learning_rate": report.learning_rate,
+            "gradient_norm": report.gradient_norm,
+            "samples_per_second": report.samples_per_second,
+        }
+        shown = {name: value for name, value in values.items() if name not in ("learning_rate", "gradient_norm")}
+        text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
+        self.bar.start_task(self.line)
+        self.bar.update(self.line, completed=report.step, description=text)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": report.step, **values}) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, report.step)
+
+    def caching(self, done: int, of: int) -> None:
+        """Shows how many spans' conditionings are on the disk."""
+        self.bar.update(self.line, description=f"conditioning cache: {done} of {of} spans")
+
+
+@contextmanager
+def shown(output: Path, max_steps: int, console: Console) -> Iterator[Display]:
+    display = Display(output, max_steps, console)
+    with display.bar:
+        yield display
+    if display.board is not None:
+        display.board.close()

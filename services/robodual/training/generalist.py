@@ -1,0 +1,134 @@
+"""Fine-tunes the generalist on action tokens: LoRA on every linear layer, or all weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robodual.generalist.checkpoint import save_checkpoint
+from robodual.generalist.model import Generalist, build
+from robodual.generalist.processor import Processor
+from robodual.generalist.tokens import bin_centres
+from robodual.training.dataset import Sample
+from robodual.training.loop import Learner
+from robodual.training.prompting import Prompts, action_places, best_tokens, force
+
+ADAPTER, MERGED = "adapter", "generalist"
+HEAD = "language_model.lm_head"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685), as the published script sets them: alpha is min(rank, 16)."""
+
+    rank: int = 32
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class GeneralistCollate:
+    processor: Processor
+
+    def __call__(self, samples: list[Sample]) -> Prompts:
+        return Prompts.collate(samples, self.processor)
+
+
+class GeneralistLearner(Learner[Prompts]):
+    """A generalist with the next-token loss on the 64 tokens of a chunk.
+
+    Args:
+        lora: adapters on every linear layer but the output head, or None to train all weights
+        merged: whether checkpoints also hold the merged weights, as a folder in the published format
+        gradient_checkpointing: recompute the Llama's activations in the backward pass, for memory
+    """
+
+    def __init__(
+        self,
+        model: Generalist,
+        tokenizer: Tokenizer,
+        *,
+        lora: Lora | None,
+        constrained: bool,
+        merged: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.constrained = constrained
+        self.merged = merged
+        self.adapted: Any = None
+        if lora is None:
+            self.model = model.requires_grad_(True)
+        else:
+            layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != HEAD]
+            config = LoraConfig(
+                r=lora.rank,
+                lora_alpha=min(lora.rank, 16),
+                lora_dropout=lora.dropout,
+                target_modules=layers,
+                init_lora_weights="gaussian",
+            )
+            self.adapted = get_peft_model(model, config)
+            self.model = model  # its linear layers are adapted in place
+        if gradient_checkpointing:
+            llama: Any = self.model.language_model
+            llama.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, batch: Prompts) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = force(self.model, batch).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
+        with torch.no_grad():
+            metrics = self._metrics(logits, batch.targets)
+        return loss, metrics
+
+    def _metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Accuracy over the 56 action tokens, and the decoded actions' mean absolute error."""
+        ids = self.model.config.tokens
+        places = action_places(logits.device)
+        predicted = best_tokens(logits, self.model, constrained=self.constrained)[:, places]
+        wanted = targets[:, places]
+        centres = torch.from_numpy(bin_centres(ids.bins)).to(logits.device)
+
+        def actions(tokens: Tensor) -> Tensor:
+            return centres[(ids.action_end - tokens - 1).clamp(0, len(centres) - 1)]
+
+        return {
+            "action_accuracy": (predicted == wanted).float().mean(),
+            "action_l1": (actions(predicted) - actions(wanted)).abs().mean().float(),
+        }
+
+    def export(self, folder: Path, average: Mapping[str, Tensor] | None) -> None:
+        """`adapter` as PEFT saves it (LoRA); `generalist` in the published format (all weights, or on request)."""
+        if self.adapted is not None:
+            self.adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
+        if self.adapted is None or self.merged:
+            save_checkpoint(folder / MERGED, self.merge(), self.tokenizer)
+
+    @torch.no_grad()
+    def merge(self) -> Generalist:
+        """The model with its adapters in the weights, on the CPU; the one that is trained stays as it is."""
+        deltas = {
+            f"{name}.weight": module.get_delta_weight("default")
+            for name, module in self.model.named_modules()
+            if isinstance(module, LoraLinear)
+        }
+        state = {}
+        for name, value in self.model.state_dict().items():
+            if ".lora_" in name:
+                continue
+            plain = name.replace(".base_layer.", ".")
+            delta = deltas.get(plain)
+            merged = value if delta is None else value + delta.to(value.dtype)
+            state[plain] = merged.detach().cpu()
+        model = build(self.model.config, attention="sdpa", dtype=self.model.dtype)
+        model.load_state_dict(state, assign=True)
+        return model

@@ -1,0 +1,81 @@
+"""The processes of one training: started by torchrun, or just this one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process's place among `size`, and the device it works on."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over processes; the same tensor where there is one."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return flag if self.size == 1 else bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[Group]:
+    """Joins the group that torchrun's environment describes (RANK, WORLD_SIZE, LOCAL_RANK); NCCL on GPUs, else gloo.
+
+    device: auto (CUDA where there is one), cpu, cuda or cuda:N; under torchrun, cuda is the process's own GPU.
+
+    Raises:
+        ValueError: if the device is not there.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield Group(place)
+        return
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Group(place, rank, size)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int | None) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0 if local_rank is None else local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"device: {device} is not there; this machine has {torch.cuda.device_count()} CUDA devices"
+            )
+    return device

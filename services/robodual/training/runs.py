@@ -1,0 +1,221 @@
+"""The two trainings from their options: models, data and loop put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robodual.facts import CheckpointError
+from robodual.generalist.engine import GeneralistEngine, load_generalist
+from robodual.images import Strategy
+from robodual.profiles import PROFILES
+from robodual.specialist import checkpoint as specialist_checkpoint
+from robodual.specialist.frames import Preparation
+from robodual.specialist.policy import Policy
+from robodual.training.conditioner import MODES, Conditioner, Mode
+from robodual.training.conditioning_cache import ConditioningCache
+from robodual.training.dataset import CalvinDataset, read_enriched
+from robodual.training.generalist import GeneralistCollate, GeneralistLearner, Lora
+from robodual.training.group import Group, joined
+from robodual.training.loop import Report, Settings, train
+from robodual.training.specialist import SpecialistCollate, SpecialistLearner
+from robodual.training.starting_weights import starting_policy
+
+GUIDANCE_SCALE = 3.0
+
+Progress = Callable[[Report], None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to train on; names as in the published scripts where they have one."""
+
+    folder: Path  # a data set (training/ in it is taken) or a split
+    partial_data: float = 1.0
+    enriched: Path | None = None
+    image_aug: bool = False
+
+    def open(self, seed: int, sensors: tuple[str, ...], chunk: int) -> CalvinDataset:
+        split = self.folder / "training"
+        return CalvinDataset(
+            split if split.is_dir() else self.folder,
+            sensors=sensors,
+            chunk=chunk,
+            seed=seed,
+            partial=self.partial_data,
+            enriched=None if self.enriched is None else read_enriched(self.enriched),
+            augment=self.image_aug,
+        )
+
+    def described(self, dataset: CalvinDataset) -> dict[str, Any]:
+        """What of it a result depends on."""
+        return {
+            "windows": len(dataset),
+            "partial_data": self.partial_data,
+            "enriched": dataset.enriched,
+            "image_aug": self.image_aug,
+        }
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which generalist: a profile's shapes with random weights, or a checkpoint, with LoRA folders merged in."""
+
+    profile: str
+    checkpoint: str | None = None
+    adapters: tuple[Path, ...] = ()
+    device: str = "auto"
+
+    def load(self, group: Group, seed: int, dtype: str = "auto") -> GeneralistEngine:
+        return load_generalist(
+            self.profile,
+            checkpoint=self.checkpoint,
+            adapters=self.adapters,
+            device=str(group.device),
+            dtype=dtype,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class SpecialistOptions:
+    """How the specialist differs from the profile's, what it starts from and what it is conditioned on."""
+
+    with_depth: bool | None = None
+    with_gripper: bool | None = None
+    with_tactile: bool | None = None
+    num_inference_steps: int | None = None
+    cond_drop_chance: float = 0.1
+    start: Path | None = None  # a specialist to go on from
+    vision_weights: Path | None = None
+    train_vision: bool = False
+    conditioning: Mode = "forced"
+    cache_conditioning: Path | None = None
+
+
+@dataclass(frozen=True)
+class GeneralistOptions:
+    """What of the generalist is trained and saved."""
+
+    use_lora: bool = True
+    lora_rank: int = 32
+    lora_dropout: float = 0.0
+    merged: bool = False
+    gradient_checkpointing: bool = False
+
+
+def train_specialist(
+    source: Source,
+    data: Data,
+    options: SpecialistOptions,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    report: Progress = lambda report: None,
+    caching: Callable[[int, int], None] = lambda done, of: None,
+) -> int:
+    """Trains a specialist against a frozen generalist. Returns the steps done; see `loop.train`.
+
+    report: called on the leading process; caching: called with how many spans are cached, of how many.
+
+    Raises:
+        CheckpointError, DatasetError, ValueError: one line that says what to change.
+    """
+    if options.conditioning not in MODES:
+        raise ValueError(f"conditioning: expected one of {', '.join(MODES)}, got {options.conditioning!r}")
+    with joined(source.device) as group:
+        settings = replace(settings, bf16=group.device.type == "cuda")
+        engine = source.load(group, settings.seed)
+        conditioner = Conditioner(engine.model, constrained=engine.constrained, mode=options.conditioning)
+        policy = _policy(source.profile, engine.width, options, settings.seed).to(group.device)
+        dataset = data.open(settings.seed, policy.config.sensors, chunk=8)
+        facts = {"generalist": engine.facts.checkpoint, "conditioning": options.conditioning}
+        cache = None
+        if options.cache_conditioning is not None:
+            cache = ConditioningCache(options.cache_conditioning, dataset)
+            look = data.open(settings.seed, ("rgb_static",), chunk=0)
+            described = {**facts, "data": f"{len(dataset)} windows of {data.folder.name}", "seed": str(settings.seed)}
+            cache.fill(look, conditioner, engine.processor, group, described, progress=caching)
+        # Frames are prepared by the data loader's workers, so on the CPU.
+        strategy: Strategy = engine.model.config.images.strategy
+        preparation = Preparation(policy.config, strategy, torch.device("cpu"), torch.float32)
+        collate = SpecialistCollate(preparation, engine.processor, settings.seed, options.cond_drop_chance, cache)
+        learner = SpecialistLearner(policy, conditioner if cache is None else None).to(group.device)
+        described_all = {
+            **facts,
+            **data.described(dataset),
+            "specialist": asdict(policy.config),
+            "cond_drop_chance": options.cond_drop_chance,
+            "train_vision": options.train_vision,
+            "cached": cache is not None,
+        }
+        return train(learner, dataset, collate, settings, group, described=described_all, resume=resume, report=report)
+
+
+def _policy(profile: str, context_width: int, options: SpecialistOptions, seed: int) -> Policy:
+    """The specialist before its first step."""
+    flags = {name: getattr(options, name) for name in ("with_depth", "with_gripper", "with_tactile")}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    config = replace(PROFILES[profile].specialist, context_width=context_width)
+    if options.start is not None:
+        policy = specialist_checkpoint.load(options.start, config, flags)
+    else:
+        if options.vision_weights is None and not options.train_vision:
+            raise CheckpointError(
+                "vision_weights: the colour encoder is not trained, so it needs the weights of timm's "
+                "vit_small_patch16_224.dino (a .safetensors file), or train_vision to train it too"
+            )
+        policy = starting_policy(replace(config, **flags), seed, options.vision_weights)
+    policy.config = replace(
+        policy.config,
+        diffusion_steps=options.num_inference_steps or policy.config.diffusion_steps,
+        guidance_scale=GUIDANCE_SCALE if options.cond_drop_chance > 0 else 1.0,
+    )
+    policy.requires_grad_(True)
+    policy.vision_encoder.requires_grad_(options.train_vision)
+    return policy
+
+
+def train_generalist(
+    source: Source,
+    data: Data,
+    options: GeneralistOptions,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    report: Progress = lambda report: None,
+) -> int:
+    """Fine-tunes a generalist. Returns the steps done; see `loop.train`.
+
+    With LoRA the base is loaded in bfloat16 on CUDA and the adapters are float32; without it all weights are float32.
+
+    Raises:
+        CheckpointError, DatasetError, ValueError: one line that says what to change.
+    """
+    with joined(source.device) as group:
+        settings = replace(settings, bf16=group.device.type == "cuda", max_grad_norm=math.inf)
+        engine = source.load(group, settings.seed, dtype="auto" if options.use_lora else "float32")
+        dataset = data.open(settings.seed, ("rgb_static",), chunk=0)
+        torch.manual_seed(settings.seed)
+        learner = GeneralistLearner(
+            engine.model,
+            engine.processor.tokenizer,
+            lora=Lora(options.lora_rank, options.lora_dropout) if options.use_lora else None,
+            constrained=engine.constrained,
+            merged=options.merged,
+            gradient_checkpointing=options.gradient_checkpointing,
+        ).to(group.device)
+        described = {
+            **data.described(dataset),
+            "generalist": engine.facts.checkpoint,
+            "use_lora": options.use_lora,
+            "lora_rank": options.lora_rank,
+            "lora_dropout": options.lora_dropout,
+        }
+        collate = GeneralistCollate(engine.processor)
+        return train(learner, dataset, collate, settings, group, described=described, resume=resume, report=report)

@@ -1,0 +1,151 @@
+"""Trains the specialist against a frozen generalist."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robodual.generalist.processor import Processor
+from robodual.specialist import checkpoint
+from robodual.specialist.config import ACTION, CHUNK, TRAINING_STEPS
+from robodual.specialist.frames import Preparation
+from robodual.specialist.policy import Observation, Policy
+from robodual.training.conditioner import Conditioner, Conditioning
+from robodual.training.conditioning_cache import ConditioningCache
+from robodual.training.dataset import Sample
+from robodual.training.loop import Learner
+from robodual.training.prompting import Prompts
+
+WEIGHTS = "specialist.safetensors"
+_DIFFUSION = 1  # tells the draws below from those of the data set
+
+
+@dataclass(frozen=True)
+class SpecialistBatch:
+    """actions, noise: [B, 8, 7]; timesteps: int64 [B]; keep: [B] of 0 and 1; left: [B], rows of the chunk to come.
+
+    The conditioning is there already, or `prompts` to compute it from.
+    """
+
+    observation: Observation
+    actions: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    keep: Tensor
+    left: Tensor
+    prompts: Prompts | None
+    conditioning: Conditioning | None
+
+    def to(self, device: torch.device) -> SpecialistBatch:
+        observation: dict[str, Any] = {
+            field.name: None if (value := getattr(self.observation, field.name)) is None else value.to(device)
+            for field in fields(Observation)
+        }
+        return SpecialistBatch(
+            observation=Observation(**observation),
+            actions=self.actions.to(device),
+            noise=self.noise.to(device),
+            timesteps=self.timesteps.to(device),
+            keep=self.keep.to(device),
+            left=self.left.to(device),
+            prompts=None if self.prompts is None else self.prompts.to(device),
+            conditioning=None if self.conditioning is None else self.conditioning.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class SpecialistCollate:
+    """Makes batches in the data loader's workers.
+
+    The noise, the timestep and whether the conditioning vector is dropped follow from (seed, epoch, index), as the
+    sample does: they are the same on one process or on many.
+    """
+
+    preparation: Preparation
+    processor: Processor
+    seed: int
+    cond_drop_chance: float
+    cache: ConditioningCache | None = None
+
+    def __call__(self, samples: list[Sample]) -> SpecialistBatch:
+        noise, timesteps, keep = zip(*(self._draws(sample) for sample in samples))
+        return SpecialistBatch(
+            observation=_stack([self.preparation.observation(sample.frame, sample.previous) for sample in samples]),
+            actions=torch.from_numpy(np.stack([sample.actions for sample in samples])),
+            noise=torch.from_numpy(np.stack(noise)),
+            timesteps=torch.tensor(timesteps),
+            keep=torch.tensor(keep),
+            left=torch.tensor([CHUNK - sample.window.shift for sample in samples]),
+            prompts=Prompts.collate(samples, self.processor) if self.cache is None else None,
+            conditioning=None if self.cache is None else self.cache.read(samples),
+        )
+
+    def _draws(self, sample: Sample) -> tuple[np.ndarray, int, float]:
+        random = np.random.default_rng((self.seed, *sample.key, _DIFFUSION))
+        noise = random.standard_normal((CHUNK, ACTION), dtype=np.float32)
+        timestep = int(random.integers(TRAINING_STEPS))
+        return noise, timestep, float(random.random() >= self.cond_drop_chance)
+
+
+def _stack(observations: Sequence[Observation]) -> Observation:
+    def joined(name: str) -> Tensor | None:
+        values = [getattr(observation, name) for observation in observations]
+        return None if values[0] is None else torch.cat(values)
+
+    return Observation(**{field.name: joined(field.name) for field in fields(Observation)})  # type: ignore[arg-type]
+
+
+class SpecialistLearner(Learner[SpecialistBatch]):
+    """The policy with the published loss; the generalist is no part of it."""
+
+    averaged = True
+
+    def __init__(self, policy: Policy, conditioner: Conditioner | None) -> None:
+        super().__init__()
+        self.policy = policy
+        self.conditioner = conditioner
+
+    def forward(self, batch: SpecialistBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        conditioning = batch.conditioning
+        if conditioning is None:
+            if self.conditioner is None or batch.prompts is None:
+                raise ValueError("a batch without conditioning needs a generalist")
+            conditioning = self.conditioner(batch.prompts)
+        reference = cut(conditioning.chunk, batch.left)
+        loss = self.policy.loss(
+            batch.observation,
+            batch.actions,
+            reference,
+            conditioning.hidden.to(batch.actions.dtype),
+            noise=batch.noise,
+            timesteps=batch.timesteps,
+            keep_conditioning=batch.keep,
+            hidden_mask=conditioning.mask,
+        )
+        covered = torch.arange(CHUNK, device=reference.device) < batch.left[:, None]
+        off = (reference - batch.actions).abs().mean(dim=-1)
+        return loss, {"reference_l1": (off * covered).sum() / covered.sum()}
+
+    def export(self, folder: Path, average: Mapping[str, Tensor] | None) -> None:
+        """`specialist.safetensors` with the averaged weights, ready to be served."""
+        policy = copy.deepcopy(self.policy).requires_grad_(False)
+        if average is not None:
+            parameters = dict(policy.named_parameters(prefix="policy"))
+            for name, value in average.items():
+                parameters[name].copy_(value)
+        checkpoint.save(policy.cpu(), folder / WEIGHTS)
+
+
+def cut(chunk: Tensor, left: Tensor) -> Tensor:
+    """The last `left` rows (int64 [B]) of each chunk [B, 8, 7], then zeros: `Window.reference` for a batch."""
+    rows = torch.arange(CHUNK, device=chunk.device)
+    source = (rows + CHUNK - left[:, None]).clamp(max=CHUNK - 1)  # [B, 8]
+    moved = chunk.gather(1, source[..., None].expand_as(chunk))
+    return moved * (rows < left[:, None])[..., None]

@@ -1,0 +1,186 @@
+"""`robodual train`: the generalist and the specialist. Flags may be spelt with _, as in the published scripts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from robodual.facts import CheckpointError
+from robodual.training.annotations import DatasetError
+from robodual.training.data_cli import fail
+from robodual.training.object_array import ObjectArrayError
+
+train = typer.Typer(help="Trains the generalist or the specialist (docs/training.md).", no_args_is_help=True)
+console = Console()
+
+
+def option(*names: str, **settings: Any) -> Any:
+    """A flag in both spellings: --batch_size and --batch-size."""
+    spellings = [spelling for name in names for spelling in {name: None, name.replace("_", "-"): None}]
+    return typer.Option(*spellings, **settings)
+
+
+DataFolder = Annotated[Path, typer.Argument(help="A data set in CALVIN's format, or one split of it.")]
+Output = Annotated[Path, option("--output", help="Where checkpoints and logs go.")]
+Profile = Annotated[str, option("--profile", help="Model shapes: robodual-7b, playtable or toy.")]
+Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.")]
+Generalist = Annotated[
+    str | None, option("--generalist", help="Its checkpoint: a folder or hub id. Without it, random weights.")
+]
+Adapter = Annotated[list[Path] | None, option("--adapter", help="LoRA folder to merge into it; may be repeated.")]
+BatchSize = Annotated[int, option("--batch_size", help="Samples of one process in one pass.", min=1)]
+Accumulation = Annotated[int, option("--grad_accumulation_steps", help="Passes before an optimiser step.", min=1)]
+LearningRate = Annotated[float, option("--learning_rate", min=0.0)]
+MaxSteps = Annotated[int, option("--max_steps", help="Optimiser steps.", min=1)]
+SaveSteps = Annotated[int, option("--save_steps", help="Steps between checkpoints.", min=1)]
+LogSteps = Annotated[int, option("--log_steps", help="Steps between reports.", min=1)]
+Keep = Annotated[int, option("--keep", help="How many checkpoints to keep.", min=1)]
+Seed = Annotated[int, option("--seed", min=0)]
+Workers = Annotated[int, option("--num_workers", help="Processes that read data.", min=0)]
+Partial = Annotated[float, option("--partial_data", help="Fraction of the annotations (published: 0.05, 0.1).")]
+Enriched = Annotated[Path | None, option("--enriched", help="JSON: task to further instructions.")]
+Augment = Annotated[bool, option("--image_aug", help="Augment the images (published: never read).")]
+Resume = Annotated[bool, option("--resume", help="Go on from the newest checkpoint in the output.")]
+
+
+@train.command()
+def specialist(
+    data: DataFolder,
+    output: Output = Path("runs/specialist"),
+    profile: Profile = "robodual-7b",
+    generalist: Generalist = None,
+    adapter: Adapter = None,
+    device: Device = "auto",
+    batch_size: BatchSize = 8,
+    grad_accumulation_steps: Accumulation = 1,
+    learning_rate: LearningRate = 1e-4,
+    weight_decay: Annotated[float, option("--weight_decay", min=0.0)] = 1e-3,
+    warmup_steps: Annotated[int, option("--warmup_steps", min=0)] = 1000,
+    max_steps: MaxSteps = 100_000,
+    save_steps: SaveSteps = 10_000,
+    log_steps: LogSteps = 10,
+    keep: Keep = 3,
+    num_inference_steps: Annotated[
+        int | None, option("--num_inference_steps", help="Denoising steps in service; the profile's without it.", min=1)
+    ] = None,
+    cond_drop_chance: Annotated[
+        float, option("--cond_drop_chance", help="Of the conditioning vector; 0: no guidance.", min=0.0, max=1.0)
+    ] = 0.1,
+    with_depth: Annotated[bool | None, typer.Option("--with_depth/--without_depth")] = None,
+    with_gripper: Annotated[bool | None, typer.Option("--with_gripper/--without_gripper")] = None,
+    with_tactile: Annotated[bool | None, typer.Option("--with_tactile/--without_tactile")] = None,
+    start: Annotated[Path | None, option("--start", help="A specialist's checkpoint to start from.")] = None,
+    vision_weights: Annotated[
+        Path | None, option("--vision_weights", help="DINO ViT-S/16 as safetensors (timm's names).")
+    ] = None,
+    train_vision: Annotated[bool, option("--train_vision", help="Train the colour encoder too.")] = False,
+    conditioning: Annotated[
+        str, option("--conditioning", help="forced: from demonstrated actions, as published; generated: as in service.")
+    ] = "forced",
+    cache_conditioning: Annotated[
+        Path | None, option("--cache_conditioning", help="Compute conditionings once, into this folder.")
+    ] = None,
+    partial_data: Partial = 1.0,
+    enriched: Enriched = None,
+    image_aug: Augment = False,
+    seed: Seed = 0,
+    num_workers: Workers = 4,
+    resume: Resume = False,
+) -> None:
+    """Trains the specialist against a frozen generalist. Under torchrun, on every process that it starts."""
+    from robodual.training.loop import Settings
+    from robodual.training.runs import Data, Source, SpecialistOptions, train_specialist
+
+    settings = Settings(
+        output, max_steps, batch_size, learning_rate, grad_accumulation_steps, weight_decay,
+        warmup_steps=warmup_steps, cosine_cycles=0.4, save_steps=save_steps, keep=keep, seed=seed,
+        num_workers=num_workers, log_steps=log_steps,
+    )  # fmt: skip
+    options = SpecialistOptions(
+        with_depth, with_gripper, with_tactile, num_inference_steps, cond_drop_chance, start, vision_weights,
+        train_vision, conditioning, cache_conditioning,  # type: ignore[arg-type]
+    )  # fmt: skip
+    source = Source(profile, generalist, tuple(adapter or ()), device)
+    _run(
+        output,
+        max_steps,
+        lambda **callbacks: train_specialist(
+            source, Data(data, partial_data, enriched, image_aug), options, settings, resume=resume, **callbacks
+        ),
+        caching=True,
+    )
+
+
+@train.command()
+def generalist(
+    data: DataFolder,
+    output: Output = Path("runs/generalist"),
+    profile: Profile = "robodual-7b",
+    generalist: Generalist = None,
+    adapter: Adapter = None,
+    device: Device = "auto",
+    batch_size: BatchSize = 16,
+    grad_accumulation_steps: Accumulation = 4,
+    learning_rate: LearningRate = 2e-5,
+    max_steps: MaxSteps = 100_000,
+    save_steps: SaveSteps = 5_000,
+    log_steps: LogSteps = 10,
+    keep: Keep = 3,
+    use_lora: Annotated[bool, typer.Option("--use_lora/--full", help="Low-rank adapters, or all weights.")] = True,
+    lora_rank: Annotated[int, option("--lora_rank", min=1)] = 32,
+    lora_dropout: Annotated[float, option("--lora_dropout", min=0.0, max=1.0)] = 0.0,
+    merged: Annotated[
+        bool, option("--merged", help="Save the merged weights too, as a folder in the published format.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, option("--gradient_checkpointing", help="Less memory, about a third slower.")
+    ] = False,
+    partial_data: Partial = 1.0,
+    enriched: Enriched = None,
+    image_aug: Augment = False,
+    seed: Seed = 0,
+    num_workers: Workers = 4,
+    resume: Resume = False,
+) -> None:
+    """Fine-tunes the generalist on action tokens. Under torchrun, on every process that it starts."""
+    from robodual.training.loop import Settings
+    from robodual.training.runs import Data, GeneralistOptions, Source, train_generalist
+
+    settings = Settings(
+        output, max_steps, batch_size, learning_rate, grad_accumulation_steps, save_steps=save_steps, keep=keep,
+        seed=seed, num_workers=num_workers, log_steps=log_steps,
+    )  # fmt: skip
+    options = GeneralistOptions(use_lora, lora_rank, lora_dropout, merged, gradient_checkpointing)
+    source = Source(profile, generalist, tuple(adapter or ()), device)
+    _run(
+        output,
+        max_steps,
+        lambda **callbacks: train_generalist(
+            source, Data(data, partial_data, enriched, image_aug), options, settings, resume=resume, **callbacks
+        ),
+    )
+
+
+def _run(output: Path, max_steps: int, training: Callable[..., int], *, caching: bool = False) -> None:
+    """Runs a training with its display; what is wrong becomes one line and exit status 1."""
+    from robodual.training.display import shown
+
+    leads = os.environ.get("RANK", "0") == "0"
+    try:
+        if leads:
+            with shown(output, max_steps, console) as display:
+                callbacks = {"caching": display.caching} if caching else {}
+                steps = training(report=display, **callbacks)
+        else:
+            steps = training()
+    except (CheckpointError, DatasetError, ObjectArrayError, ValueError) as error:
+        raise fail(error) from None
+    if leads:
+        done = "trained" if steps == max_steps else "stopped"
+        console.print(f"{done} at step {steps}; checkpoints are in {escape(str(output / 'checkpoints'))}")
