@@ -76,7 +76,7 @@ class Bar:
 
         columns: list[Any] = [BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}")]
         self._bar = Progress(*columns, TimeElapsedColumn(), Remaining(), console=Console(stderr=True))
-        self._task = self._bar.add_task("starting the simulator", total=total)
+        self._task = self._bar.add_task("no sequence finished yet", total=total)
 
     def __enter__(self) -> Bar:
         self._bar.start()
