@@ -9,7 +9,7 @@ import numpy as np
 
 from robodual_client.calvin.annotations import load
 from robodual_client.calvin.tasks import BLOCKS
-from robodual_client.playtable.skills import furniture, grasping, pushing
+from robodual_client.playtable.skills import furniture, grasping, placing, pushing
 from robodual_client.playtable.skills.motion import CLOSED, OPEN, Goal, Skill, hold, release, retreat, turn
 from robodual_client.playtable.view import View
 
@@ -33,9 +33,9 @@ def _skills() -> dict[str, MakeSkill]:
         "turn_off_lightbulb": partial(furniture.flip_switch, direction=-1),
         "turn_on_led": furniture.press_button,
         "turn_off_led": furniture.press_button,
-        "place_in_slider": grasping.place_in_slider,
-        "place_in_drawer": grasping.place_in_drawer,
-        "stack_block": grasping.stack,
+        "place_in_slider": placing.place_in_slider,
+        "place_in_drawer": placing.place_in_drawer,
+        "stack_block": placing.stack,
         "unstack_block": grasping.unstack,
         "push_into_drawer": pushing.push_into_drawer,
     }

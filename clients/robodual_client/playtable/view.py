@@ -54,11 +54,21 @@ class Block:
         return edges
 
     @property
-    def long_axis(self) -> float:
-        """The angle in [0, pi) of the longest horizontal edge, however the block has tumbled."""
-        level = self.edges[:2]
-        direction = level[:, int(np.argmax(np.linalg.norm(level, axis=0)))]
-        return math.atan2(direction[1], direction[0]) % math.pi
+    def grips(self) -> list[tuple[float, float]]:
+        """The two ways to close on it from above, however it lies: yaw in [0, pi) and distance between the faces."""
+        edges = self.edges
+        first, second = np.argsort(np.abs(edges[2] / self.size))[:2]  # the edges that lie flattest
+        return [
+            (math.atan2(edges[1, along], edges[0, along]) % math.pi, float(self.size[across]))
+            for along, across in ((first, second), (second, first))
+        ]
+
+    def lean(self, yaw: float) -> float:
+        """How far its upward side leans back from the gripper's forward side, as a tilt does to a block: radians."""
+        edges = self.edges / self.size
+        up = edges[:, int(np.argmax(np.abs(edges[2])))]
+        up = up * math.copysign(1.0, up[2])
+        return math.asin(float(np.clip(-(up[0] * math.cos(yaw) + up[1] * math.sin(yaw)), -1.0, 1.0)))
 
     @property
     def bottom(self) -> float:
@@ -66,10 +76,8 @@ class Block:
         return float(self.position[2] - np.abs(self.edges[2]).sum() / 2)
 
     def reach(self, direction: np.ndarray) -> float:
-        """Half its extent along a horizontal unit vector [2], lying flat."""
-        along = direction @ np.array([math.cos(self.long_axis), math.sin(self.long_axis)])
-        across = math.sqrt(max(0.0, 1 - along**2))
-        return float(abs(along) * self.size[0] + across * self.size[1]) / 2
+        """Half its extent along a horizontal unit vector [2]."""
+        return float(np.abs(direction @ self.edges[:2]).sum() / 2)
 
 
 class View:
@@ -106,10 +114,13 @@ class View:
 
     def held(self) -> Block | None:
         """The block between the fingers, if any."""
-        close = [block for block in self.blocks.values() if np.linalg.norm(block.position - self.tool) < 0.045]
-        if not 0.03 < self.width < 0.075 or not close:
-            return None
-        return min(close, key=lambda block: float(np.linalg.norm(block.position - self.tool)))
+        block = self.nearest()
+        between = 0.03 < self.width < 0.075 and np.linalg.norm(block.position - self.tool) < 0.045
+        return block if between else None
+
+    def nearest(self) -> Block:
+        """The block nearest the tool centre."""
+        return min(self.blocks.values(), key=lambda block: float(np.linalg.norm(block.position - self.tool)))
 
     def on_shelf(self, block: Block) -> bool:
         """Whether it lies in the sliding cabinet."""
