@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,3 +90,11 @@ def chunk(response: wire.ActResponse) -> np.ndarray:
 
 def version(episode: int, step: int) -> wire.Version:
     return wire.Version(episode=episode, step=step)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns when `condition` holds; fails after ten seconds."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        await asyncio.sleep(0.01)

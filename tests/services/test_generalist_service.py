@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 import grpc
 import numpy as np
 import pytest
-from replicas import Replica, conditioning, frame, generalist, version
+from replicas import Replica, conditioning, frame, generalist, until, version
 
 from robodual.conditioning.record import Version
 from robodual.conditioning.store import Store
@@ -93,15 +93,11 @@ async def test_a_lost_store_is_unavailable_until_it_is_back(generalist_engine: G
             await thinker.stub.Condition(request("robot", 1), timeout=60)
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
         assert "store" in (refused.value.details() or "")
-        async with asyncio.timeout(10):
-            while thinker.server.readiness.ready:
-                await asyncio.sleep(0.05)
+        await until(lambda: not thinker.server.readiness.ready)
         valkey.start()
         answer = await thinker.stub.Condition(request("robot", 2), timeout=60)
         assert answer.stored
-        async with asyncio.timeout(10):
-            while not thinker.server.readiness.ready:
-                await asyncio.sleep(0.05)
+        await until(lambda: thinker.server.readiness.ready)
     valkey.stop()
 
 

@@ -5,7 +5,7 @@ import grpc
 import numpy as np
 import pytest
 import redis
-from replicas import Replica, act, action, chunk, conditioning, specialist, version
+from replicas import Replica, act, action, chunk, conditioning, specialist, until, version
 
 from robodual.conditioning import codec
 from robodual.conditioning.record import Conditioning
@@ -250,12 +250,6 @@ async def test_a_lost_store_degrades_answers_until_it_is_back(specialist_engine:
         assert not answer.degraded
     await store.close()
     valkey.stop()
-
-
-async def until(condition: object) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.01)
 
 
 async def test_what_was_written_while_the_subscription_was_down_is_fetched(specialist_engine: SpecialistEngine) -> None:

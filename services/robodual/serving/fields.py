@@ -14,6 +14,7 @@ from robodual.serving.errors import InvalidArgument
 from robodual.serving.images import decode_image, is_compressed
 from robodual_client import wire
 
+_LABELS = ("episode", "step")
 _SESSION = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -22,11 +23,8 @@ def session_id(request: Any) -> str:
     session: str = request.session_id
     if not _SESSION.fullmatch(session):
         raise InvalidArgument("session_id: expected 1 to 64 characters of [A-Za-z0-9_.-]")
-    structlog.contextvars.bind_contextvars(session=session)
-    if "episode" in request.DESCRIPTOR.fields_by_name:
-        structlog.contextvars.bind_contextvars(episode=request.episode)
-    if "step" in request.DESCRIPTOR.fields_by_name:
-        structlog.contextvars.bind_contextvars(step=request.step)
+    labels = {name: getattr(request, name) for name in _LABELS if name in request.DESCRIPTOR.fields_by_name}
+    structlog.contextvars.bind_contextvars(session=session, **labels)
     return session
 
 

@@ -24,7 +24,7 @@ class Timings:
     def add(self, stage: str, seconds: float) -> None:
         """Counts `seconds` as `stage`; the next lap begins here."""
         self._stages.append((stage, seconds))
-        self._metrics.stages.labels(stage).observe(seconds)
+        self._metrics.stage(stage).observe(seconds)
         self._lap = time.perf_counter()
 
     def messages(self) -> list[wire.Timing]:

@@ -118,8 +118,8 @@ def _tensor(message: Any, name: str, parent: str, dtype: DTypeLike, shape: Seque
         values = tensors.decode(getattr(message, name), field=field, dtype=dtype, shape=shape)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
-    # NaN compares false, so this one pass refuses it too.
-    if values.dtype.kind == "f" and not (np.abs(values) <= LIMIT).all():
+    # Without a copy of the values; NaN compares false, so it is refused too.
+    if values.dtype.kind == "f" and not (values.min() >= -LIMIT and values.max() <= LIMIT):
         problem = f"values within ±{LIMIT:g}" if np.isfinite(values).all() else "finite values only"
         raise InvalidArgument(f"{field}: expected {problem}")
     return values
