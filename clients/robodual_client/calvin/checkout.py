@@ -32,7 +32,8 @@ class Checkout:
 
     def commit(self) -> str | None:
         """The commit that is checked out; None without git, or where the files are no git checkout."""
-        command = ["git", "-C", str(self.repository), "rev-parse", "--show-toplevel", "HEAD"]
+        trusted = f"safe.directory={self.repository}"  # it may belong to another user, as in a container
+        command = ["git", "-c", trusted, "-C", str(self.repository), "rev-parse", "--show-toplevel", "HEAD"]
         try:
             answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
