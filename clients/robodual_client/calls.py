@@ -25,10 +25,11 @@ LONGEST_DELAY = 2.0
 class Timeouts:
     """Seconds. `act`, `condition` and `control` (Reset, GetInfo) limit one attempt of a call. `budget` is how long a
     call that fails for want of a service (unavailable, queue full) is repeated before it is given up, and `connect` the
-    same for the first contact with each service.
+    same for the first contact with each service. `act` is over the 10 seconds that a specialist waits for a
+    conditioning, so that its reason arrives; a robot wants a fraction of a second.
     """
 
-    act: float = 10.0
+    act: float = 15.0
     condition: float = 60.0
     control: float = 10.0
     budget: float = 30.0

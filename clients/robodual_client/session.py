@@ -256,7 +256,9 @@ class Session:
         return Call(address, service, "Reset", request, self._timeouts.control)
 
     def _info_call(self, service: str, address: str) -> Call:
-        return Call(address, service, "GetInfo", wire.InfoRequest(), self._timeouts.control)
+        # A first contact with a silent host must not outlast its budget.
+        timeout = self._timeouts.control if self._contacted else min(self._timeouts.control, self._timeouts.connect)
+        return Call(address, service, "GetInfo", wire.InfoRequest(), timeout)
 
 
 def _addresses(given: str | Sequence[str], name: str) -> list[str]:

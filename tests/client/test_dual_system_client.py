@@ -222,6 +222,18 @@ def test_unreachable_service_is_reported_within_the_time_for_connecting(make, ge
         assert time.monotonic() - start < 2
 
 
+def test_host_that_says_nothing_is_reported_within_the_time_for_connecting(make, generalist):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with make(generalist.address, address, timeouts=Timeouts(connect=0.5)) as client:
+            start = time.monotonic()
+            with pytest.raises((DeadlineExceeded, ServiceUnavailable), match=f"GetInfo at {address}"):
+                client.reset("open the drawer")
+            assert time.monotonic() - start < 2
+
+
 def test_specialist_that_stays_away_is_given_up_after_the_budget(make, generalist, specialist, obs):
     with make(generalist.address, specialist.address, timeouts=Timeouts(budget=0.6)) as client:
         client.reset("open the drawer")

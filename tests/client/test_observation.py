@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -83,6 +85,15 @@ def test_caller_may_overwrite_its_arrays_once_the_request_is_made(obs):
     previous = tensors.decode_image(request.previous_rgb_static, field="previous_rgb_static")
     np.testing.assert_array_equal(previous, image)
     assert tensors.decode_image(request.observation.rgb_static, field="rgb_static").max() == 0
+
+
+def test_frames_are_copied_once_into_the_request(obs):
+    tracemalloc.start()
+    request = encode(obs, SENSORS).act_request(wire.ActRequest(session_id="s"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(request) > 320_000
+    assert peak < 1.1 * len(request)
 
 
 @pytest.mark.parametrize(
