@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +72,7 @@ class Batcher(Generic[Item, Answer]):
             raise Unavailable("the service is shutting down")
         if self._count >= self._max_queue:
             self._make_room(session)
-        ticket = _Ticket[Item, Answer](item, session, deadline, self._loop.time(), self._loop.create_future())
+        ticket = _Ticket[Item, Answer](item, session, deadline, time.perf_counter(), self._loop.create_future())
         self._waiting.setdefault(session, deque()).append(ticket)
         self._resize(1)
         self._wake.set()
@@ -106,7 +107,7 @@ class Batcher(Generic[Item, Answer]):
                 await self._wake.wait()
                 continue
             self._metrics.batch_size.observe(len(batch))
-            started = self._loop.time()
+            started = time.perf_counter()  # uvloop's own clock counts whole milliseconds
             try:
                 answers = await self._loop.run_in_executor(self._thread, self._compute, [t.item for t in batch])
             except asyncio.CancelledError:
@@ -114,7 +115,7 @@ class Batcher(Generic[Item, Answer]):
                     if not ticket.done.done():
                         ticket.done.set_exception(Unavailable("the service is shutting down"))
                 raise
-            computed = self._loop.time() - started
+            computed = time.perf_counter() - started
             for ticket, answer in zip(batch, answers, strict=True):
                 if ticket.done.done():
                     continue
