@@ -18,11 +18,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from robodual import checkpoints_cli
 from robodual.pair import Options, Pair, PairError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 serve = typer.Typer(help="Runs one service until it is told to stop.", no_args_is_help=True)
 app.add_typer(serve, name="serve")
+app.add_typer(checkpoints_cli.app)
 console = Console()
 stderr = Console(stderr=True)
 

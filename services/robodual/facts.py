@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -34,13 +35,25 @@ def hash_state_dict(module: torch.nn.Module) -> str:
 
     Entries are brought to the CPU one at a time, so the extra memory is one tensor.
     """
-    digest = hashlib.sha256()
     state = module.state_dict()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+    return hash_tensors((name, state[name]) for name in sorted(state))
+
+
+def hash_tensors(entries: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """`hash_state_dict` of a module with these entries, which come in the order of names."""
+    digest = hashlib.sha256()
+    for name, value in entries:
+        tensor = value.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def device_memory(device: torch.device) -> dict[str, str]:
+    """What `details` says of a CUDA device's memory: the bytes that this process holds there. Nothing elsewhere."""
+    if device.type != "cuda":
+        return {}
+    return {"device_memory_bytes": str(torch.cuda.memory_allocated(device))}
 
 
 def count_parameters(module: torch.nn.Module) -> int:

@@ -59,7 +59,10 @@ def locate(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{folder}: is a file; a generalist checkpoint is a folder with config.json in it")
+        raise CheckpointError(
+            f"{folder}: is a file; a generalist checkpoint is a folder with config.json in it, "
+            "and a specialist's file goes to `robodual serve specialist`"
+        )
     if not HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"{folder}: no such folder; give the folder of an OpenVLA checkpoint")
     try:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, hash_state_dict
+from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, device_memory, hash_state_dict
 from robodual.generalist.adapters import read_adapter
 from robodual.generalist.checkpoint import read_checkpoint
 from robodual.generalist.decoding import decode
@@ -138,6 +138,8 @@ def load_generalist(
         "decoding": "constrained" if restricted else "free",
         "quantisation": quantisation,
         "adapters": ", ".join(folder.name for folder in adapters) or "none",
+        "image_resize_strategy": config.images.strategy,
+        **device_memory(place),
     }
     facts = EngineFacts(
         profile=profile,

@@ -49,9 +49,9 @@ def load_weights(
     file and the fix.
     """
     files = shard_files(folder)
-    entries = {name: entry for file in files for name, entry in _headers(file).items()}
+    entries = {name: entry for file in files for name, entry in headers(file).items()}
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    _check(folder, entries, expected)
+    check(folder, entries, expected)
     for adapter in adapters:
         adapter.check(expected)
     dtype = model.dtype
@@ -110,7 +110,8 @@ def opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"{file}: truncated or not safetensors ({error}); download it again") from error
 
 
-def _headers(file: Path) -> dict[str, Entry]:
+def headers(file: Path) -> dict[str, Entry]:
+    """What a file holds, by its header alone."""
     entries = {}
     with opened(file) as shard:
         for name in shard.keys():  # noqa: SIM118 (not a dictionary)
@@ -119,7 +120,8 @@ def _headers(file: Path) -> dict[str, Entry]:
     return entries
 
 
-def _check(folder: Path, entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check(folder: Path, entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError unless a folder holds exactly the expected names and shapes, as floating-point values."""
     missing = sorted(expected.keys() - entries.keys())
     unexpected = sorted(entries.keys() - expected.keys())
     if missing or unexpected:

@@ -57,6 +57,11 @@ def read(path: Path) -> tuple[SpecialistConfig | None, dict[str, Tensor]]:
     Raises:
         CheckpointError: one line with the file and the fix.
     """
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path}: is a folder, and a specialist is one file; "
+            f"a generalist's folder goes to `robodual serve generalist`"
+        )
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give a published EMA .pt or a .safetensors of a specialist")
     if path.suffix == ".pt":
@@ -85,7 +90,7 @@ def load(path: Path, config: SpecialistConfig, sensors: Mapping[str, bool] | Non
         raise CheckpointError(f"{path}: {error}") from error
     with torch.device("meta"):
         policy = Policy(config)
-    _check_names(path, {name: value.shape for name, value in policy.state_dict().items()}, state)
+    check_names(path, policy.state_dict(), state)
     policy.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return policy.eval()
 
@@ -122,13 +127,21 @@ def convert(source: Path, target: Path, config: SpecialistConfig, sensors: Mappi
         The hash of the weights, the same for both files.
 
     Raises:
-        CheckpointError: if the source cannot be used, or the target does not read back as the source.
+        CheckpointError: if the source cannot be used, the target is there already, or it does not read back as the
+            source; there is no target then.
     """
+    if target.exists():
+        raise CheckpointError(f"{target}: exists already and is not overwritten; choose another name")
     policy = load(source, config, sensors)
-    save(policy, target)
-    expected, written = hash_state_dict(policy), hash_state_dict(load(target, policy.config))
-    if written != expected:
-        raise CheckpointError(f"{target}: reads back differently from {source}; check the disk and convert again")
+    partial = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    try:
+        save(policy, partial)
+        expected, written = hash_state_dict(policy), hash_state_dict(load(partial, policy.config))
+        if written != expected:
+            raise CheckpointError(f"{target}: reads back differently from {source}; check the disk and convert again")
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
     return expected
 
 
@@ -188,13 +201,14 @@ def _parse(path: Path, text: str) -> SpecialistConfig:
         raise CheckpointError(f"{path}: bad configuration in its metadata: {error}; convert it again") from error
 
 
-def _check_names(path: Path, expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
+def check_names(path: Path, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError unless a file's weights have exactly the expected names and shapes."""
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     shapes = [
-        f"{name} {list(state[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
+        f"{name} {list(state[name].shape)} instead of {list(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
     ]
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     found = [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
