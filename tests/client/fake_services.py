@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import deque
@@ -10,7 +11,7 @@ from concurrent import futures
 import grpc
 import numpy as np
 
-from robodual_client import tensors, wire
+from robodual_client import AsyncDualSystemClient, tensors, wire
 from robodual_client.wire import rpc
 
 SENSORS = ("rgb_static", "rgb_gripper", "depth_static", "depth_gripper", "proprio")
@@ -202,3 +203,28 @@ class FakeSpecialist(Server):
         return wire.InfoResponse(
             service="specialist", profile="fake", sensors=self.sensors, checkpoint=self.checkpoint, parameters=7
         )
+
+
+def episode(client, steps=20):
+    return np.array([client.step(observation(step)) for step in range(steps)])
+
+
+class Awaited:
+    """AsyncDualSystemClient, driven step by step as the blocking one is."""
+
+    def __init__(self, *arguments, **options):
+        self._client = AsyncDualSystemClient(*arguments, **options)
+        self._loop = asyncio.new_event_loop()
+
+    def __getattr__(self, name):
+        value = getattr(self._client, name)
+        if not asyncio.iscoroutinefunction(value):
+            return value
+        return lambda *arguments, **options: self._loop.run_until_complete(value(*arguments, **options))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+        self._loop.close()
