@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from robodual import tensor_file
 from robodual.facts import CheckpointError
 from robodual.generalist.adapters import Adapter
 from robodual.generalist.model import Generalist, place_rotary
@@ -173,12 +173,12 @@ def save_weights(folder: Path, model: Generalist, shards: int) -> None:
         groups[-1][name] = value
         filled += value.numel() * value.element_size()
     if shards == 1:
-        save_file(state, folder / SINGLE, metadata={"format": "pt"})
+        tensor_file.write(state, folder / SINGLE, {"format": "pt"})
         return
     placed: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file(group, folder / file, metadata={"format": "pt"})
+        tensor_file.write(group, folder / file, {"format": "pt"})
         placed |= dict.fromkeys(group, file)
     index = {"metadata": {"total_size": total}, "weight_map": placed}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

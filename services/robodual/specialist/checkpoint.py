@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from robodual import tensor_file
 from robodual.facts import CheckpointError, hash_state_dict
 from robodual.specialist.config import SpecialistConfig
 from robodual.specialist.policy import Policy
@@ -110,7 +110,7 @@ def save(policy: Policy, path: Path) -> None:
         elif path.suffix == ".safetensors":
             config = {**asdict(policy.config), "guidance_scale": float(policy.config.guidance_scale)}
             metadata = {"format": FORMAT, "config": json.dumps(config)}
-            safetensors.torch.save_file(state, scratch, metadata)
+            tensor_file.write(state, scratch, metadata)
         else:
             raise CheckpointError(f"{path}: the name must end in .pt (published EMA) or .safetensors (ours)")
         scratch.replace(path)
