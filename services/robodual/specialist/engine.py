@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, hash_state_dict
+from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, device_memory, hash_state_dict
 from robodual.images import Strategy
 from robodual.profiles import PROFILES
 from robodual.specialist.checkpoint import load
@@ -225,5 +225,6 @@ def _facts(profile: str, policy: Policy, strategy: Strategy) -> EngineFacts:
             "diffusion_steps": str(config.diffusion_steps),
             "guidance_scale": f"{config.guidance_scale:g}",
             "image_resize_strategy": strategy,
+            **device_memory(weight.device),
         },
     )
