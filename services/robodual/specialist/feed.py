@@ -12,7 +12,7 @@ from robodual.conditioning.store import Announced, Interrupted, Store, StoreUnav
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
 from robodual.specialist.engine import Projected
-from robodual.specialist.sessions import Conditioned, Session, Sessions
+from robodual.specialist.sessions import Conditioned, Refused, Session, Sessions
 
 logger = structlog.get_logger(__name__)
 
@@ -68,12 +68,17 @@ class Feed:
                 conditioning = await self._store.fetch(session.identity)
                 if conditioning is None or conditioning.version <= max(session.newest, (session.episode, -1)):
                     return
-                projected = await self._project(conditioning.hidden_states)
             except StoreUnavailable as error:
                 logger.warning("conditioning not fetched", session=session.identity, reason=str(error))
+                return
             except ValueError as error:
-                self._metrics.refused_records.inc()
-                logger.error("conditioning refused", session=session.identity, reason=str(error))
+                self._refuse(session, str(error))
+                return
+            try:
+                projected = await self._project(conditioning.hidden_states)
+            except ValueError as error:
+                self._refuse(session, str(error))
+                session.refuse(Refused(conditioning.version, str(error)))
             else:
                 session.keep(Conditioned(conditioning.version, projected, conditioning.reference_actions))
 
@@ -82,6 +87,10 @@ class Feed:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _refuse(self, session: Session, reason: str) -> None:
+        self._metrics.refused_records.inc()
+        logger.error("conditioning refused", session=session.identity, reason=reason)
 
     async def _follow(self, session: Session) -> None:
         async with self._permits:

@@ -210,6 +210,7 @@ class SpecialistService:
             await self._feed.refresh(session)
             found = session.usable(step)
             if found is None:
+                self._check_refused(session, Version(session.episode, 0))
                 reason = "" if self._feed.up else "; the conditioning store is out of reach"
                 raise FailedPrecondition(
                     f"no conditioning of episode {session.episode} up to step {step} yet: ask the generalist for one, "
@@ -222,6 +223,11 @@ class SpecialistService:
             )
         return found
 
+    def _check_refused(self, session: Session, least: Version) -> None:
+        refused = session.refused
+        if refused is not None and refused.version >= least:
+            raise FailedPrecondition(f"the conditioning of step {refused.version.step} is of no use: {refused.reason}")
+
     async def _await_conditioning(
         self, session: Session, step: int, least: Version, deadline: float | None
     ) -> Conditioned:
@@ -233,6 +239,7 @@ class SpecialistService:
             found = session.usable(step)
             if found is not None and found.version >= least:
                 return found
+            self._check_refused(session, least)
             left = limit - self._loop.time()
             if left <= 0:
                 raise DeadlineExceeded(
@@ -266,6 +273,12 @@ async def serving(settings: SpecialistSettings, engine: SpecialistEngine | None 
         readiness.meet("model")
 
         async def project(hidden_states: torch.Tensor) -> Any:
+            width = hidden_states.shape[-1]
+            if width != model.width:
+                raise ValueError(
+                    f"the generalist's hidden states are {width} wide and this specialist's context is {model.width}, "
+                    "so they are no pair; serve both with checkpoints that were trained together"
+                )
             return await batcher.call(model.project, hidden_states)
 
         feed = Feed(store, sessions, project, readiness=readiness, metrics=metrics)

@@ -21,6 +21,14 @@ NEVER = Version(-1, -1)
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A conditioning that came whole and cannot be used, and why."""
+
+    version: Version
+    reason: str
+
+
+@dataclass(frozen=True)
 class Conditioned:
     """A conditioning on the device, ready to be used."""
 
@@ -46,6 +54,7 @@ class Session:
         self.control = ControlLoop()
         self.previous: Features | NDArray[np.uint8] | None = None
         self.answer: wire.ActResponse | None = None
+        self.refused: Refused | None = None  # the newest, if a conditioning was
         self._kept: list[Conditioned] = []
 
     @property
@@ -76,6 +85,11 @@ class Session:
         if conditioned.version.episode >= self.episode and conditioned.version > self.newest:
             self._kept = [*self._kept[1 - KEPT :], conditioned]
             self.arrived.set()
+
+    def refuse(self, refused: Refused) -> None:
+        """Notes that a conditioning cannot be used, and tells whoever waits for it."""
+        self.refused = refused
+        self.arrived.set()
 
     def usable(self, step: int) -> Conditioned | None:
         """The newest conditioning of this episode whose frame is not later than `step`."""
