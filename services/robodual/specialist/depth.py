@@ -94,10 +94,13 @@ class PlainViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, S, S] to tokens [B, 1 + patches, D]: the class token first, after the final norm."""
-        patches = self.to_patch_embedding(images)
-        x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embedding
-        out: Tensor = self.transformer(x)
+        out: Tensor = self.transformer(self.embed(images))
         return out
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The blocks' input, [B, 1 + patches, D]."""
+        patches = self.to_patch_embedding(images)
+        return torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embedding
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -16,6 +16,7 @@ from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, de
 from robodual.images import Strategy
 from robodual.profiles import PROFILES
 from robodual.specialist.checkpoint import load
+from robodual.specialist.encoder import Encoder
 from robodual.specialist.frames import Frame, Preparation
 from robodual.specialist.policy import Policy, needed
 from robodual.specialist.sampler import Sampler
@@ -77,6 +78,9 @@ class SpecialistEngine:
         self.sensors = policy.config.sensors
         self.preparation = Preparation(policy.config, strategy, weight.device, weight.dtype)
         with torch.inference_mode():
+            self._vision_encoder = Encoder(policy.vision_encoder)
+            self._depth_encoder = Encoder(policy.depth_encoder) if policy.depth_encoder is not None else None
+            self._tactile_encoder = Encoder(policy.tactile_encoder) if policy.tactile_encoder is not None else None
             self._sampler = Sampler(policy.model, policy.config)
 
     @torch.inference_mode()
@@ -124,7 +128,7 @@ class SpecialistEngine:
         colour = [frame.rgb_static for frame in frames] + before
         if policy.config.with_gripper:
             colour += [needed(frame.rgb_gripper, "rgb_gripper") for frame in frames]
-        seen = policy.vision_encoder(preparation.colour(colour))  # [B + before (+ B), N, D]
+        seen = self._vision_encoder(preparation.colour(colour))  # [B + before (+ B), N, D]
         static = seen[: count + len(before), None].expand(-1, 2, -1, -1)
         latents = model.visual_adapter(static)  # [B + before, 2, latents, D]: in the current and the previous place
         current, following = latents[:count].unbind(1)
@@ -136,17 +140,17 @@ class SpecialistEngine:
             else:
                 previous.append(own if request.previous is None else next(replayed))
         parts = [current, torch.stack(previous)]
-        if policy.depth_encoder is not None and model.depth_adapter is not None:
+        if self._depth_encoder is not None and model.depth_adapter is not None:
             maps = [preparation.static_depth(frames)]
             if policy.config.with_gripper:
                 maps.append(preparation.gripper_depth(frames))
-            tokens = policy.depth_encoder(torch.cat(maps))
+            tokens = self._depth_encoder(torch.cat(maps))
             parts.append(model.depth_adapter(tokens[:count]))
             if model.gripper_visual_adapter is not None and model.gripper_depth_adapter is not None:
                 parts.append(model.gripper_visual_adapter(seen[-count:, None])[:, 0])
                 parts.append(model.gripper_depth_adapter(tokens[count:]))
-        if policy.tactile_encoder is not None and model.tactile_adapter is not None:
-            parts.append(model.tactile_adapter(policy.tactile_encoder(preparation.tactile_images(frames))))
+        if self._tactile_encoder is not None and model.tactile_adapter is not None:
+            parts.append(model.tactile_adapter(self._tactile_encoder(preparation.tactile_images(frames))))
         return torch.cat(parts, dim=1), following
 
 

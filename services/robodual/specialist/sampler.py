@@ -17,27 +17,18 @@ Tensor names: B requests, G passes (2 with guidance), D the width, S the context
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robodual.specialist import ddim
 from robodual.specialist.config import ACTION, CHUNK, SpecialistConfig
-from robodual.specialist.denoiser import Block, Denoiser, Rotary
+from robodual.specialist.denoiser import Block, Denoiser
+from robodual.specialist.packing import Linear
 
 PARTS = 6  # shift, scale and gate, twice a block
-
-
-@dataclass(frozen=True)
-class Linear:
-    """y = x @ weight + bias."""
-
-    weight: Tensor  # [in, out]
-    bias: Tensor  # [out]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight)
 
 
 @dataclass(frozen=True)
@@ -45,12 +36,14 @@ class BlockTables:
     """One block's weights, folded."""
 
     qkv: Linear  # queries, keys, values, and the quarter-turned channels of queries and keys
+    cos: Tensor  # of the rotation, [8, 1, 1, rotated channels of a head]
+    sin: Tensor
     self_out: Linear
     norm_weight: Tensor
     norm_bias: Tensor
     query: Linear
-    cross_out: Tensor  # [D, D]
-    fc1: Linear
+    cross_out: Linear
+    fc1: Linear  # with its GELU
     fc2: Linear
 
 
@@ -68,30 +61,23 @@ class Sampler:
         self.blocks = [_fold(block) for block in blocks]
         weight = denoiser.x_embedder.weight
         self.dtype = weight.dtype
-        self.embed_reference = Linear(weight[:, :ACTION].t().contiguous(), denoiser.x_embedder.bias)
+        self.embed_reference = Linear(weight[:, :ACTION], denoiser.x_embedder.bias)
         self.embed_actions = weight[:, ACTION:].t().contiguous()
-        self.out = _linear(denoiser.final_layer.linear)
-        self.context_weight, self.context_bias = _fold_context(blocks)
-
-        sequences = [block.adaLN_modulation for block in blocks] + [denoiser.final_layer.adaLN_modulation]
-        sources = [_linear(sequence[1]) for sequence in sequences]
-        self.modulation = Linear(
-            torch.cat([source.weight for source in sources], dim=1),  # [D, (6 * blocks + 2) * D]
-            torch.cat([source.bias for source in sources]),
+        final = denoiser.final_layer
+        self.out = Linear.of(final.linear)
+        self.context = _fold_context(blocks)
+        sequences = [*(block.adaLN_modulation for block in blocks), final.adaLN_modulation]
+        layers = [cast(nn.Linear, sequence[1]) for sequence in sequences]
+        self.modulation = Linear(  # to (6 * blocks + 2) * D
+            torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
         )
         timesteps = torch.tensor([step.timestep for step in self.steps], device=weight.device)
         self.timesteps = denoiser.t_embedder(timesteps)  # [T, D]
         self.free_modulation = self._modulation(self.timesteps)[:, None, None]  # [T, 1, 1, parts, D]
 
-        rotary = blocks[0].attn_temporal.rotary_emb
-        assert isinstance(rotary, Rotary)
-        angles = rotary.table(CHUNK).repeat_interleave(2, dim=-1)[:, None, None]  # [8, 1, 1, rotated]
-        self.cos, self.sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-
     def keys_values(self, tokens: Tensor) -> Tensor:
         """Context tokens [..., D] to all blocks' keys and values [..., blocks * 2 * D]."""
-        normed = F.layer_norm(tokens, (self.width,))
-        return F.linear(normed, self.context_weight, self.context_bias)
+        return self.context(F.layer_norm(tokens, (self.width,)))
 
     def __call__(
         self, noise: Tensor, reference: Tensor, conditioning: Tensor, keys_values: Tensor, mask: Tensor | None = None
@@ -141,7 +127,7 @@ class Sampler:
         self, block: BlockTables, x: Tensor, parts: tuple[Tensor, ...], key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
         # x: [B, G or 1, 8, D], parts: [B, G, 1, D] each, key and value: [B, heads, S, D / heads]
-        width, heads, rotated = self.width, self.heads, self.cos.shape[-1]
+        width, heads, rotated = self.width, self.heads, block.cos.shape[-1]
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         h = torch.addcmul(shift1, F.layer_norm(x, (width,), eps=1e-6), scale1)
         batch, passes = h.shape[:2]
@@ -149,7 +135,7 @@ class Sampler:
         qkv = block.qkv(h.view(-1, width))
         qk, v, turned = qkv.split_with_sizes((2 * width, width, 2 * heads * rotated), dim=-1)
         qk = qk.view(*rows, 2, heads, -1)
-        qk[..., :rotated].mul_(self.cos).addcmul_(turned.view(*rows, 2, heads, rotated), self.sin)
+        qk[..., :rotated].mul_(block.cos).addcmul_(turned.view(*rows, 2, heads, rotated), block.sin)
         q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)
         v = v.view(*rows, heads, -1).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, width)
@@ -158,23 +144,18 @@ class Sampler:
         x = F.layer_norm(x, (width,), block.norm_weight, block.norm_bias).view(-1, width)
         q = block.query(x).view(batch, passes * CHUNK, heads, -1).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, key, value, attn_mask=mask).transpose(1, 2).reshape(-1, width)
-        x = torch.addmm(x, mixed, block.cross_out).view(batch, passes, CHUNK, width)
+        x = block.cross_out.add(x, mixed).view(batch, passes, CHUNK, width)
 
         h = torch.addcmul(shift2, F.layer_norm(x, (width,), eps=1e-6), scale2)
-        h = block.fc2(F.gelu(block.fc1(h.view(-1, width)), approximate="tanh"))
-        return torch.addcmul(x, gate2, h.view(batch, passes, CHUNK, width))
+        h = block.fc2(block.fc1(h.view(-1, width))).view(batch, passes, CHUNK, width)
+        return torch.addcmul(x, gate2, h)
 
     def _modulation(self, conditioning: Tensor) -> Tensor:
         """[..., D] to [..., parts, D], with 1 added to the scales."""
         flat = F.silu(conditioning).reshape(-1, self.width)
-        parts = self.modulation(flat).view(*conditioning.shape[:-1], -1, self.width)
+        parts: Tensor = self.modulation(flat).view(*conditioning.shape[:-1], -1, self.width)
         parts[..., 1::3, :] += 1  # of the blocks; the final layer's scale is the last part, also at 1 modulo 3
         return parts
-
-
-def _linear(layer: torch.nn.Module) -> Linear:
-    assert isinstance(layer, torch.nn.Linear)
-    return Linear(layer.weight.t().contiguous(), layer.bias)
 
 
 def _fold(block: Block) -> BlockTables:
@@ -183,37 +164,37 @@ def _fold(block: Block) -> BlockTables:
     weight, bias = self_attention.qkv.weight, self_attention.qkv.bias
     width = weight.shape[1]
     # A quarter turn of each pair (a, b) is (-b, a).
-    rotated = 2 * len(self_attention.rotary_emb.freqs)
+    angles = self_attention.rotary_emb.table(CHUNK).repeat_interleave(2, dim=-1)[:, None, None].to(weight.dtype)
+    rotated = angles.shape[-1]
     partner = torch.arange(rotated, device=weight.device).view(-1, 2).flip(1).flatten()
     sign = torch.tensor([-1.0, 1.0], device=weight.device, dtype=weight.dtype).repeat(rotated // 2)
     turned_weight = weight[: 2 * width].view(2, heads, -1, width)[:, :, partner] * sign[:, None]
     turned_bias = bias[: 2 * width].view(2, heads, -1)[:, :, partner] * sign
-    qkv = Linear(
-        torch.cat((weight, turned_weight.flatten(0, 2))).t().contiguous(), torch.cat((bias, turned_bias.flatten()))
-    )
 
     # v + gamma * (Wo m + bo) = (v + gamma * bo) + (gamma * Wo) m, with the constant moved into the norm's bias, whence
     # the query must lose it again.
     out, query = cross.attn.out_v_proj, cross.attn.v_proj
     constant = cross.gamma_v * out.bias
     return BlockTables(
-        qkv=qkv,
-        self_out=_linear(self_attention.proj),
+        qkv=Linear(torch.cat((weight, turned_weight.flatten(0, 2))), torch.cat((bias, turned_bias.flatten()))),
+        cos=angles.cos(),
+        sin=angles.sin(),
+        self_out=Linear.of(self_attention.proj),
         norm_weight=cross.layer_norm_v.weight,
         norm_bias=cross.layer_norm_v.bias + constant,
-        query=Linear(query.weight.t().contiguous(), query.bias - query.weight @ constant),
-        cross_out=(cross.gamma_v[:, None] * out.weight).t().contiguous(),
-        fc1=_linear(block.mlp.fc1),
-        fc2=_linear(block.mlp.fc2),
+        query=Linear(query.weight, query.bias - query.weight @ constant),
+        cross_out=Linear(cross.gamma_v[:, None] * out.weight),
+        fc1=Linear.of(block.mlp.fc1, gelu="tanh"),
+        fc2=Linear.of(block.mlp.fc2),
     )
 
 
-def _fold_context(blocks: list[Block]) -> tuple[Tensor, Tensor]:
-    """Weight [blocks * 2 * D, D] and bias of all keys and values, from the normed but not scaled context."""
+def _fold_context(blocks: list[Block]) -> Linear:
+    """From the context, normed but not scaled, to all blocks' keys and values, blocks * 2 * D."""
     weights, biases = [], []
     for block in blocks:
         norm, attention = block.cross_attn.layer_norm_l, block.cross_attn.attn
         for layer in (attention.l_proj, attention.values_l_proj):
             weights.append(layer.weight * norm.weight)
             biases.append(layer.bias + layer.weight @ norm.bias)
-    return torch.cat(weights), torch.cat(biases)
+    return Linear(torch.cat(weights), torch.cat(biases))

