@@ -38,6 +38,8 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
             with progress or choose(len(run.sequences) + len(todo)) as shown:
                 _run(options, instructions, todo, run, entry, shown)
         finally:
+            # Ctrl-C may come between a line's writing and its counting: the file says what is done.
+            run.sequences.update(records.read(options.out / results.SEQUENCES))
             _write_run(options.out, run)
             run.save(options.out)
     except OSError as error:
