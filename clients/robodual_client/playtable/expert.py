@@ -10,7 +10,7 @@ import numpy as np
 from robodual_client.calvin.annotations import load
 from robodual_client.calvin.tasks import BLOCKS
 from robodual_client.playtable.skills import furniture, grasping, placing, pushing
-from robodual_client.playtable.skills.motion import CLOSED, OPEN, Goal, Skill, hold, release, retreat, turn
+from robodual_client.playtable.skills.motion import CLOSED, OPEN, Goal, Skill, hold, retreat, turn
 from robodual_client.playtable.view import View
 
 GAIN = 0.35  # of the distance left, each step; the arm follows its target about one step late
@@ -97,12 +97,12 @@ class Expert:
 
     def _begin(self) -> Skill:
         if self._task not in HOLDING:
-            yield from release(self._view)
+            yield from placing.release(self._view)
         yield from SKILLS[self._task](self._view)
 
     def _rest(self) -> Skill:
         gripper = CLOSED if self._task in HOLDING and self._view.held() else OPEN
-        yield from retreat(self._view, gripper)
+        yield from retreat(self._view)
         yield from hold(self._view, gripper, 10)
         yield from SKILLS[self._task](self._view)
         yield from hold(self._view, gripper, 1)
@@ -114,10 +114,10 @@ class Expert:
         moved = pose - self._pose
         moved[3:] = (moved[3:] + np.pi) % (2 * np.pi) - np.pi
         self._pose = pose
-        if np.abs(moved[:3]).max() > 0.05:  # farther than the arm can go in a step: the environment was reset
+        if self._view.jumped:
             self._last, self._ahead = np.zeros(6), np.zeros(6)
         else:
-            self._ahead = 0.98 * (self._ahead + self._last * UNITS - moved)
+            self._ahead += self._last * UNITS - moved
 
         translation = (goal.position - self._view.tool) * 50 * GAIN
         translation *= min(1.0, goal.speed / max(float(np.linalg.norm(translation)), 1e-9))

@@ -16,6 +16,7 @@ OUTWARD = np.array([0.0, -math.sqrt(0.75), 0.5])  # out of the face
 TABLE_TOP = 0.44
 SHELF_TOP = 0.441
 DRAWER_FLOOR = 0.34
+DESK_EDGE = -0.18  # y of its front
 BUTTON = np.array([-0.12, -0.12, 0.484])  # the middle of its upper face, not pressed
 
 
@@ -80,6 +81,10 @@ class Block:
         return float(np.abs(direction @ self.edges[:2]).sum() / 2)
 
 
+PLACES = [*range(3), *range(7, 14), 15, 16, *(21 + 6 * block + axis for block in range(3) for axis in range(3))]
+JUMP = 0.12  # metres or radians in one control step, of the tool, the arm's joints, the doors and the blocks
+
+
 class View:
     """The latest observation, read. `update` takes the next one."""
 
@@ -87,13 +92,19 @@ class View:
         self.tool = np.zeros(3)
         self.euler = np.zeros(3)
         self.width = 0.0
+        self.closing = False
         self.slide = self.drawer = self.button = self.switch = 0.0
         self.blocks: dict[str, Block] = {}
+        self.jumped = True  # since the last update, farther than physics does: the environment was reset
+        self._state = np.full(39, np.inf)
 
     def update(self, observation: dict[str, Any]) -> None:
         """Reads robot_obs [15] and scene_obs [24]."""
         robot, scene = observation["robot_obs"], observation["scene_obs"]
-        self.tool, self.euler, self.width = robot[:3], robot[3:6], float(robot[6])
+        state = np.concatenate([robot, scene])
+        self.jumped = bool(np.abs(state - self._state)[PLACES].max() > JUMP)
+        self._state = state
+        self.tool, self.euler, self.width, self.closing = robot[:3], robot[3:6], float(robot[6]), bool(robot[14] < 0)
         self.slide, self.drawer, self.button, self.switch = (float(value) for value in scene[:4])
         self.blocks = {name: Block(name, pose) for name, pose in zip(BLOCK_SIZES, scene[6:].reshape(3, 6))}
 
@@ -115,7 +126,7 @@ class View:
     def held(self) -> Block | None:
         """The block between the fingers, if any."""
         block = self.nearest()
-        between = 0.03 < self.width < 0.075 and np.linalg.norm(block.position - self.tool) < 0.045
+        between = self.closing and 0.03 < self.width < 0.075 and np.linalg.norm(block.position - self.tool) < 0.045
         return block if between else None
 
     def nearest(self) -> Block:

@@ -20,8 +20,10 @@ def slide_door(view: View, direction: int) -> Skill:
         return shift(view.slide_handle, -direction * (0.0325 + view.width / 2 + gap), -0.026, -0.045)
 
     start = beside(0.03)
-    yield from travel(view, start, HOME, CLOSED)
-    yield from move(view, shift(start, 0, -0.05, 0.02), HOME, CLOSED, tolerance=0.02)
+    yield from travel(
+        view, shift(start, 0, -0.1, 0), HOME, CLOSED
+    )  # well in front of the handle, with a held block too
+    yield from move(view, shift(start, 0, -0.06, 0.02), HOME, CLOSED, tolerance=0.02)
     yield from move(view, start, HOME, CLOSED)
     end = 0.01 if direction > 0 else 0.27
     for _ in range(STEPS):

@@ -26,6 +26,8 @@ CLOSE_STEPS = 8
 SHELF_TILT = 0.6  # radians: keeps the hand clear of the cabinet's roof and sides
 TURN = math.radians(80)
 FINGER_REACH = 0.06  # metres from the tool centre to the outside of an open finger
+HALF_HAND = 0.104
+SWING = 0.6
 GRIP = 0.06  # metres that the fingers close on with room to spare
 
 
@@ -55,7 +57,7 @@ def take(view: View, name: str, yaw: float, tilt: float = 0.0) -> Skill:
         spot = shift(block.position, 0.0, -math.tan(tilt) * height, height)
         if view.in_drawer(block) and abs(math.sin(yaw)) > 0.7:  # the outer finger fits between block and wall
             spot[0] = np.clip(spot[0], 0.062, 0.298)
-        elif view.on_shelf(block):  # and the hand between the cabinet's sides
+        elif view.on_shelf(block) and not swing(view, spot[0]):  # and the hand between the cabinet's sides
             spot[0] = np.clip(spot[0], -0.255, 0.056)
         return spot
 
@@ -65,11 +67,22 @@ def take(view: View, name: str, yaw: float, tilt: float = 0.0) -> Skill:
     yield from hold(view, CLOSED, CLOSE_STEPS)
 
 
+def swing(view: View, x: float) -> float:
+    """The turn in radians that keeps the hand, 0.21 m wide, out of the way of door and cabinet when it reaches into the
+    cabinet at `x`: one end of it stays in front."""
+    left, right = (-0.36, -0.1 - view.slide) if x < -0.1 else (0.18 - view.slide, 0.16)
+    if x + HALF_HAND > right + 0.015:
+        return -SWING
+    if x - HALF_HAND < left - 0.015:
+        return SWING
+    return 0.0
+
+
 def uncover(view: View, x: float) -> Skill:
     """Slides the door on if it stands half in front of `x`, where the hand is to reach into the cabinet."""
     if x < -0.1 and view.slide > 0.05:
         yield from slide_door(view, 1)
-    elif x > -0.1 and view.slide < 0.2:
+    elif x > -0.1 and view.slide < 0.23:
         yield from slide_door(view, -1)
 
 
@@ -80,7 +93,8 @@ def pick_up(view: View, name: str) -> Skill:
     if inside:
         yield from uncover(view, float(block.position[0]))
         block = view.blocks[name]
-    yield from take(view, name, grasp_yaw(view, block), SHELF_TILT if inside else lean(block.position))
+    yaw = grasp_yaw(view, block) + (swing(view, float(block.position[0])) if inside else 0.0)
+    yield from take(view, name, yaw, SHELF_TILT if inside else lean(block.position))
     up = shift(view.tool, 0.0, -0.08 if inside else 0.0, 0.1)
     yield from move(view, up, view.euler.copy(), CLOSED, speed=0.4, limit=40)
 
@@ -108,7 +122,7 @@ def rotate(view: View, name: str, direction: int) -> Skill:
                 break
             yield Goal(position, target, CLOSED)
         yield from hold(view, OPEN, 8)
-        yield from retreat(view, OPEN)
+        yield from retreat(view)
 
 
 def unstack(view: View) -> Skill:

@@ -69,33 +69,29 @@ def hold(view: View, gripper: float, steps: int) -> Skill:
         yield Goal(position, euler, gripper)
 
 
-def release(view: View) -> Skill:
-    """Lets go of a block that is still held and leaves it there."""
-    if view.held() is not None:
-        yield from hold(view, OPEN, 6)
-        yield from move(view, shift(view.tool, 0, 0, 0.09), view.euler.copy(), OPEN, tolerance=0.02)
-
-
-def retreat(view: View, gripper: float) -> Skill:
-    """Out of wherever the last skill ended, up to where moving sideways is safe."""
-    if gripper == OPEN and view.width < 0.07:
-        yield from hold(view, OPEN, 6)
+def retreat(view: View) -> Skill:
+    """Out of wherever the last skill ended, up to where moving sideways is safe. The gripper stays as it is, so that it
+    neither takes nor shoves what is beside it."""
+    grip = CLOSED if view.closing else OPEN
     if view.tool[1] > CABINET_EDGE:
         out = np.array([view.tool[0], CABINET_EDGE - 0.02, max(view.tool[2], 0.5)])
-        yield from move(view, out, view.euler.copy(), gripper, tolerance=0.03)
-    if view.tool[2] < TRAVEL - 0.05:
-        up = np.array([view.tool[0], view.tool[1], TRAVEL])
-        yield from move(view, up, view.euler.copy(), gripper, tolerance=0.04)
+        yield from move(view, out, view.euler.copy(), grip, tolerance=0.03)
+    height, block = TRAVEL, view.nearest()
+    if grip == OPEN and np.linalg.norm((block.position - view.tool)[:2]) < 0.06:
+        height = max(height, float(block.position[2]) + 0.1)  # until the fingers are off it
+    if view.tool[2] < height - 0.05:
+        up = np.array([view.tool[0], view.tool[1], height])
+        yield from move(view, up, view.euler.copy(), grip, tolerance=0.04)
 
 
 def lean(position: np.ndarray) -> float:
     """The tilt in radians that keeps a downward grasp at `position` within the arm's reach (its base: -0.34, -0.46)."""
     distance = math.hypot(position[0] + 0.34, position[1] + 0.46)
-    return min(0.5, max(0.0, 6.0 * (distance - 0.72)))
+    return min(0.7, max(0.0, 7.0 * (distance - 0.71)))
 
 
 def travel(view: View, position: np.ndarray, euler: np.ndarray, gripper: float) -> Skill:
     """Retreats, then goes above `position` at travelling height, without stopping there."""
-    yield from retreat(view, gripper)
+    yield from retreat(view)
     above = np.array([position[0], min(position[1], CABINET_EDGE), max(position[2], TRAVEL)])
     yield from move(view, above, euler, gripper, tolerance=0.03, angle=0.15)
