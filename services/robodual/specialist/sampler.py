@@ -62,7 +62,7 @@ class Sampler:
         weight = denoiser.x_embedder.weight
         self.dtype = weight.dtype
         self.embed_reference = Linear(weight[:, :ACTION], denoiser.x_embedder.bias)
-        self.embed_actions = weight[:, ACTION:].t().contiguous()
+        self.embed_actions = Linear(weight[:, ACTION:])
         final = denoiser.final_layer
         self.out = Linear.of(final.linear)
         self.context = _fold_context(blocks)
@@ -99,56 +99,59 @@ class Sampler:
         modulation = self._modulation(conditioning[:, None] + self.timesteps).transpose(0, 1)[:, :, None]
         if guided:  # [T, B, G, parts, D]: the free pass is the first
             modulation = torch.cat((self.free_modulation.expand(-1, batch, -1, -1, -1), modulation), dim=2)
+        passes = modulation.shape[2]
+        modulation = modulation.flatten(1, 2).unsqueeze(3)  # [T, B * G, parts, 1, D]
         split = keys_values.view(batch, -1, len(self.blocks), 2, heads, width // heads)
         context = split.permute(2, 3, 0, 4, 1, 5).contiguous()  # [blocks, 2, B, heads, S, D / heads]
+        pairs = [pair.unbind(0) for pair in context.unbind(0)]  # keys and values [B, heads, S, D / heads] of each block
         visible = None if mask is None else mask[:, None, None]  # [B, 1, 1, S]
-        base = self.embed_reference(reference.reshape(-1, ACTION))  # [B * 8, D]
+        base = self.embed_reference(reference)  # [B, 8, D]
 
         x = noise
-        for step, table in zip(self.steps, modulation):
-            parts = table[:, :, :, None].unbind(2)  # each [B, G, 1, D]
-            actions = x.reshape(-1, ACTION).to(self.dtype)
-            h = torch.addmm(base, actions, self.embed_actions).view(batch, 1, CHUNK, width)
+        for step, table in zip(self.steps, modulation.unbind(0)):
+            parts = table.unbind(1)  # each [B * G, 1, D]
+            h = self.embed_actions.add(base, x.to(self.dtype)).repeat_interleave(passes, dim=0)  # [B * G, 8, D]
             for index, block in enumerate(self.blocks):
-                key, value = context[index].unbind(0)
-                h = self._block(block, h, parts[PARTS * index : PARTS * (index + 1)], key, value, visible)
+                h = self._block(block, h, parts[PARTS * index : PARTS * (index + 1)], pairs[index], visible)
             shift, scale = parts[-2:]
             h = torch.addcmul(shift, F.layer_norm(h, (width,), eps=1e-6), scale)
-            eps = self.out(h.view(-1, width)).view(batch, -1, CHUNK, ACTION).float()
+            eps = self.out(h).float()  # [B * G, 8, 7]
             if guided:
-                free, guide = eps.unbind(1)
+                free, guide = eps.view(batch, 2, CHUNK, ACTION).unbind(1)
                 eps = free + self.guidance_scale * (guide - free)
-            else:
-                eps = eps[:, 0]
             x = step.apply(x, eps)
         return x
 
     def _block(
-        self, block: BlockTables, x: Tensor, parts: tuple[Tensor, ...], key: Tensor, value: Tensor, mask: Tensor | None
+        self,
+        block: BlockTables,
+        x: Tensor,
+        parts: tuple[Tensor, ...],
+        context: tuple[Tensor, ...],
+        mask: Tensor | None,
     ) -> Tensor:
-        # x: [B, G or 1, 8, D], parts: [B, G, 1, D] each, key and value: [B, heads, S, D / heads]
+        # x: [B * G, 8, D], parts: [B * G, 1, D] each, context: keys and values [B, heads, S, D / heads]
         width, heads, rotated = self.width, self.heads, block.cos.shape[-1]
+        rows = x.shape[0]
+        key, value = context
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        h = torch.addcmul(shift1, F.layer_norm(x, (width,), eps=1e-6), scale1)
-        batch, passes = h.shape[:2]
-        rows = (batch * passes, CHUNK)
-        qkv = block.qkv(h.view(-1, width))
-        qk, v, turned = qkv.split_with_sizes((2 * width, width, 2 * heads * rotated), dim=-1)
-        qk = qk.view(*rows, 2, heads, -1)
-        qk[..., :rotated].mul_(block.cos).addcmul_(turned.view(*rows, 2, heads, rotated), block.sin)
-        q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)
-        v = v.view(*rows, heads, -1).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, width)
-        x = torch.addcmul(x, gate1, block.self_out(mixed).view(batch, passes, CHUNK, width))
 
-        x = F.layer_norm(x, (width,), block.norm_weight, block.norm_bias).view(-1, width)
-        q = block.query(x).view(batch, passes * CHUNK, heads, -1).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, key, value, attn_mask=mask).transpose(1, 2).reshape(-1, width)
-        x = block.cross_out.add(x, mixed).view(batch, passes, CHUNK, width)
+        h = torch.addcmul(shift1, F.layer_norm(x, (width,), eps=1e-6), scale1)
+        qkv, turned = block.qkv(h).split_with_sizes((3 * width, 2 * heads * rotated), dim=-1)
+        qkv = qkv.view(rows, CHUNK, 3, heads, -1)
+        head = qkv[:, :, :2, :, :rotated]
+        head.mul_(block.cos).addcmul_(turned.view(rows, CHUNK, 2, heads, rotated), block.sin)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, CHUNK, width)
+        x = torch.addcmul(x, gate1, block.self_out(mixed))
+
+        x = F.layer_norm(x, (width,), block.norm_weight, block.norm_bias)
+        q = block.query(x).view(key.shape[0], -1, heads, width // heads).transpose(1, 2)  # [B, heads, G * 8, D / heads]
+        mixed = F.scaled_dot_product_attention(q, key, value, attn_mask=mask).transpose(1, 2)
+        x = block.cross_out.add(x, mixed.reshape(rows, CHUNK, width))
 
         h = torch.addcmul(shift2, F.layer_norm(x, (width,), eps=1e-6), scale2)
-        h = block.fc2(block.fc1(h.view(-1, width))).view(batch, passes, CHUNK, width)
-        return torch.addcmul(x, gate2, h)
+        return torch.addcmul(x, gate2, block.fc2(block.fc1(h)))
 
     def _modulation(self, conditioning: Tensor) -> Tensor:
         """[..., D] to [..., parts, D], with 1 added to the scales."""
