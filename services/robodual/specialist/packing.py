@@ -40,7 +40,9 @@ class Linear:
         """[..., in] to [..., out]."""
         if self._packed:
             operation, algorithm = self._operation
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, operation, [], algorithm)
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+                x, self._weight, self._bias, operation, [], algorithm
+            )
             return out
         out = F.linear(x, self._weight, self._bias)
         return out if self._gelu is None else F.gelu(out, approximate=self._gelu)

@@ -1,0 +1,108 @@
+"""One control step of the specialist: the plain published path against the engine, interleaved.
+
+    python -m benchmarks.specialist --rounds 30 --json specialist.json
+
+The steady state is timed: step 1 and later of an episode, on a conditioning that is there already. Both paths start
+from camera frames; the plain one gets the previous frame, the engine the features that it kept of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from benchmarks import measurement
+
+from robodual.profiles import PROFILES
+from robodual.specialist.control import noise
+from robodual.specialist.engine import Frame, Request, SpecialistEngine, load_specialist
+
+PACKAGES = ("torch", "numpy", "pillow", "robodual")
+
+
+def frame(seed: int) -> Frame:
+    """Noise of CALVIN's sizes; what is in a picture changes no time."""
+    random = np.random.default_rng(seed)
+    return Frame(
+        rgb_static=random.integers(0, 256, (200, 200, 3), dtype=np.uint8),
+        rgb_gripper=random.integers(0, 256, (84, 84, 3), dtype=np.uint8),
+        depth_static=random.uniform(3.5, 6.2, (200, 200)).astype(np.float32),
+        depth_gripper=random.uniform(0, 2, (84, 84)).astype(np.float32),
+        rgb_tactile=random.integers(0, 256, (160, 120, 6), dtype=np.uint8),
+        proprio=random.normal(size=7).astype(np.float32),
+    )
+
+
+def steps(engine: SpecialistEngine, context_length: int) -> tuple[Callable[[], torch.Tensor], Request]:
+    """The plain path's step, as a function that gives the chunk [8, 7], and the same step as a request."""
+    before, now = frame(0), frame(1)
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = torch.randn(context_length, engine.width, generator=generator)
+    reference = np.random.default_rng(2).uniform(-1, 1, (8, 7)).astype(np.float32)
+    first = Request(before, None, engine.project(hidden_states), reference, noise(0, 0, 0))
+    request = replace(first, frame=now, previous=engine.act([first])[0].features, noise=noise(0, 0, 1))
+    preparation = engine.preparation
+    on_device = preparation.vectors([reference]), hidden_states[None].to(preparation.device, preparation.dtype)
+
+    def plain() -> torch.Tensor:
+        observation = preparation.observation(now, before.rgb_static)
+        start = torch.from_numpy(request.noise)[None].to(preparation.device)
+        return engine.policy.sample(observation, *on_device, start)[0].cpu()
+
+    return plain, request
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns 1 if `--compare` finds a regression."""
+    parser = argparse.ArgumentParser(prog="benchmarks.specialist", description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", default="robodual-7b", choices=sorted(PROFILES))
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", help="of the engine and the plain path: float32, bfloat16")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--context-length", type=int, default=90, help="the generalist's tokens")
+    parser.add_argument("--batch", type=int, default=1, help="requests in the engine's batch, timed as one row")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="where to write the record")
+    parser.add_argument("--compare", type=Path, help="an earlier record, to flag ratios that have fallen")
+    options = parser.parse_args(argv)
+
+    torch.set_num_threads(options.threads)
+    engine = load_specialist(options.profile, checkpoint=options.checkpoint, device=options.device, dtype=options.dtype)
+    plain, request = steps(engine, options.context_length)
+    difference = float(np.abs(engine.act([request])[0].chunk - plain().numpy()).max())
+    contenders: dict[str, Callable[[], object]] = {
+        "plain published path": plain,
+        "engine": lambda: engine.act([request]),
+    }
+    if options.batch > 1:
+        contenders[f"engine, batch of {options.batch}"] = lambda: engine.act([request] * options.batch)
+    rows = measurement.interleave(contenders, options.rounds)
+
+    facts = {
+        "profile": options.profile,
+        "device": engine.facts.device,
+        "dtype": engine.facts.dtype,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "context_length": options.context_length,
+        "largest_difference": difference,
+        "machine": measurement.machine(PACKAGES),
+    }
+    title = f"specialist {options.profile}, {engine.facts.device}, {engine.facts.dtype}, {options.threads} threads"
+    measurement.show(title, rows, [f"largest difference between the two chunks: {difference:.1e}"])
+    if options.json:
+        measurement.write(options.json, "specialist", rows, **facts)
+    fallen = measurement.regressions(options.compare, rows) if options.compare else []
+    for line in fallen:
+        print(f"regression: {line}", file=sys.stderr)
+    return 1 if fallen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
