@@ -46,7 +46,7 @@ class GeneralistLearner(Learner[Prompts]):
     """A generalist with the next-token loss on the 64 tokens of a chunk.
 
     Args:
-        lora: adapters on every linear layer but the output head, or None to train all weights
+        lora: adapters on every linear layer that is run but the output head, or None to train all weights that are
         merged: whether checkpoints also hold the merged weights, as a folder in the published format
         gradient_checkpointing: recompute the Llama's activations in the backward pass, for memory
     """
@@ -62,14 +62,21 @@ class GeneralistLearner(Learner[Prompts]):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        idle = _idle(model)
         self.tokenizer = tokenizer
         self.constrained = constrained
         self.merged = merged
         self.adapted: Any = None
         if lora is None:
-            self.model = model.requires_grad_(True)
+            self.model = model
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not name.startswith(idle))
         else:
-            layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != HEAD]
+            layers = [
+                name
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear) and name != HEAD and not name.startswith(idle)
+            ]
             config = LoraConfig(
                 r=lora.rank,
                 lora_alpha=min(lora.rank, 16),
@@ -81,7 +88,9 @@ class GeneralistLearner(Learner[Prompts]):
             self.model = model  # its linear layers are adapted in place
         if gradient_checkpointing:
             llama: Any = self.model.language_model
-            llama.gradient_checkpointing_enable({"use_reentrant": False})
+            # Renamed within Transformers 5.
+            enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     def forward(self, batch: Prompts) -> tuple[Tensor, dict[str, Tensor]]:
         logits = force(self.model, batch).logits
@@ -132,3 +141,16 @@ class GeneralistLearner(Learner[Prompts]):
         model = build(self.model.config, attention="sdpa", dtype=self.model.dtype)
         model.load_state_dict(state, assign=True)
         return model
+
+
+def _idle(model: Generalist) -> tuple[str, ...]:
+    """What a checkpoint carries and nothing runs: each tower's last block, final norm and pooling head."""
+    towers = {
+        "featurizer": model.vision_backbone.featurizer,
+        "fused_featurizer": model.vision_backbone.fused_featurizer,
+    }
+    return tuple(
+        f"vision_backbone.{name}.{part}."
+        for name, tower in towers.items()
+        for part in (f"blocks.{len(tower.blocks) - 1}", "norm", "attn_pool")
+    )

@@ -141,7 +141,7 @@ def train(
     wrapped: nn.Module = learner
     if group.size > 1:
         devices = [group.device.index] if group.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(learner, device_ids=devices, find_unused_parameters=True)
+        wrapped = DistributedDataParallel(learner, device_ids=devices)
     schedule = Schedule(settings.learning_rate, settings.max_steps, settings.warmup_steps, settings.cosine_cycles)
     meter = _Meter(group, settings.batch_size * settings.grad_accumulation_steps * group.size)
     learner.train()

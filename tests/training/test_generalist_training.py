@@ -1,0 +1,95 @@
+"""The generalist's adapters train, resume to the bit, and are served alone or merged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from calvin_data import write_split
+from tiny import SOURCE, data, settings
+
+from robodual.generalist.checkpoint import save_checkpoint
+from robodual.generalist.engine import load_generalist
+from robodual.training.loop import Report
+from robodual.training.runs import GeneralistOptions, Source, train_generalist
+
+LORA = GeneralistOptions(lora_rank=4, merged=True)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_split(tmp_path_factory.mktemp("generalist") / "training", lengths=[24, 20])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base checkpoint in the published format."""
+    folder = tmp_path_factory.mktemp("base") / "generalist"
+    engine = load_generalist("tiny", device="cpu", seed=3)
+    save_checkpoint(folder, engine.model, engine.processor.tokenizer)
+    return folder
+
+
+def test_adapter_and_merged_weights_are_served_alike(split: Path, base: Path, tmp_path: Path) -> None:
+    source = Source("tiny", str(base), device="cpu")
+    reports: list[Report] = []
+    quick = settings(tmp_path, 5, learning_rate=1e-2)
+    train_generalist(source, data(split), LORA, quick, report=reports.append)
+    assert reports[-1].loss < reports[0].loss
+    assert set(reports[0].metrics) == {"action_accuracy", "action_l1"}
+    checkpoint = tmp_path / "checkpoints" / "step-00000005"
+    merged = load_generalist("tiny", checkpoint=checkpoint / "generalist", device="cpu")
+    adapted = load_generalist("tiny", checkpoint=base, adapters=[checkpoint / "adapter"], device="cpu")
+    plain = load_generalist("tiny", checkpoint=base, device="cpu")
+    frame = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    hidden = [engine.think([frame], ["lift"])[0].hidden_states.float() for engine in (merged, adapted, plain)]
+    torch.testing.assert_close(hidden[0], hidden[1], atol=2e-2, rtol=2e-2)
+    assert (hidden[0] - hidden[2]).abs().max() > 0.1
+    names = {name for name, _ in merged.model.named_modules() if name.endswith(("q_proj", "qkv", "fc1", "gate_proj"))}
+    moved = {
+        name
+        for name in names
+        if not torch.equal(merged.model.get_submodule(name).weight, plain.model.get_submodule(name).weight)
+    }
+    assert any("language_model" in name for name in moved)
+    assert any("vision_backbone" in name for name in moved)
+    assert "projector.fc1" in moved
+
+
+@pytest.mark.parametrize("options", [LORA, GeneralistOptions(use_lora=False)], ids=["lora", "all weights"])
+def test_stopped_and_resumed_equals_never_stopped(split: Path, tmp_path: Path, options: GeneralistOptions) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(report: Report) -> None:
+        if report.step == 3:
+            raise Killed
+
+    def last(output: Path) -> bytes:
+        return (output / "checkpoints" / "step-00000004" / "state.safetensors").read_bytes()
+
+    whole, broken = (settings(tmp_path / name, 4, grad_accumulation_steps=2, batch_size=2, save_steps=2)
+                     for name in ("whole", "broken"))  # fmt: skip
+    train_generalist(SOURCE, data(split), options, whole)
+    with pytest.raises(Killed):
+        train_generalist(SOURCE, data(split), options, broken, report=kill)
+    train_generalist(SOURCE, data(split), options, broken, resume=True)
+    assert last(tmp_path / "whole") == last(tmp_path / "broken")
+
+
+def test_accumulation_and_checkpointing_change_memory_and_not_the_result(split: Path, tmp_path: Path) -> None:
+    losses = []
+    variants = [
+        (settings(tmp_path / "a", 3, batch_size=4), LORA),
+        (settings(tmp_path / "b", 3, batch_size=2, grad_accumulation_steps=2), LORA),
+        (settings(tmp_path / "c", 3, batch_size=4), replace(LORA, gradient_checkpointing=True)),
+    ]
+    for values, options in variants:
+        reports: list[Report] = []
+        train_generalist(SOURCE, data(split), options, values, report=reports.append)
+        losses.append([report.loss for report in reports])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
