@@ -92,9 +92,6 @@ CASES = {
         Case("generalist", shard_missing, (f"{SECOND}: missing", "download it again")),
         Case("generalist", shard_truncated, (f"{SECOND}: truncated or not safetensors", "download it again")),
         Case("generalist", weights_pickled, ("pytorch_model.bin: pickled weights are never loaded", "save_pretrained")),
-        Case(
-            "generalist", config_of_another_architecture, ("config.json: model_type", "give the folder of an OpenVLA")
-        ),
         Case("generalist", specialist_to_the_generalist, ("ema.pt: is a file", "robodual serve specialist")),
         Case("generalist", adapter_corrupt, ("adapter_model.safetensors: truncated or", "save the adapter again")),
         Case("specialist", specialist_truncated, ("ema.pt: truncated or corrupt", "copy it again")),
