@@ -174,3 +174,12 @@ def test_bfloat16_stays_near_float32() -> None:
     short = load_specialist("toy", device="cpu", dtype="bfloat16", seed=1)
     [answer] = exact.act([request(exact, 1, 30)])
     assert distance(short.act([request(short, 1, 30)])[0], answer.chunk) < 0.3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_steps_agree_with_the_cpu(engine: SpecialistEngine) -> None:
+    captured = load_specialist("toy", device="cuda", seed=1)
+    for batch in ([1], [2], [1, 2, 3], [3, 1, 2]):
+        requests = [request(captured, seed, 20 * seed) for seed in batch]
+        for seed, answer in zip(batch, captured.act(requests)):
+            assert distance(answer, engine.act([request(engine, seed, 20 * seed)])[0].chunk) < 1e-3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +16,14 @@ from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, de
 from robodual.images import Strategy
 from robodual.profiles import PROFILES
 from robodual.specialist.checkpoint import load
-from robodual.specialist.encoder import Encoder
 from robodual.specialist.frames import Frame, Preparation
-from robodual.specialist.policy import Policy, needed
-from robodual.specialist.sampler import Sampler
+from robodual.specialist.graphs import Graphs
+from robodual.specialist.policy import Policy
+from robodual.specialist.step import Inputs, Step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+GPU_LENGTHS = 64  # a GPU's conditionings are padded to multiples of it: one captured graph for each
 
 __all__ = ["Answer", "Features", "Frame", "Projected", "Request", "SpecialistEngine", "load_specialist"]
 
@@ -77,11 +79,10 @@ class SpecialistEngine:
         self.width = policy.config.context_width
         self.sensors = policy.config.sensors
         self.preparation = Preparation(policy.config, strategy, weight.device, weight.dtype)
+        self._on_gpu = weight.is_cuda
         with torch.inference_mode():
-            self._vision_encoder = Encoder(policy.vision_encoder)
-            self._depth_encoder = Encoder(policy.depth_encoder) if policy.depth_encoder is not None else None
-            self._tactile_encoder = Encoder(policy.tactile_encoder) if policy.tactile_encoder is not None else None
-            self._sampler = Sampler(policy.model, policy.config)
+            self._step = Step(policy)
+        self._run: Callable[[Inputs], tuple[Tensor, Tensor]] = Graphs(self._step) if self._on_gpu else self._step
 
     @torch.inference_mode()
     def project(self, hidden_states: Tensor) -> Projected:
@@ -93,8 +94,7 @@ class SpecialistEngine:
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.width or not len(hidden_states):
             raise ValueError(f"hidden_states must have shape (L, {self.width}), not {tuple(hidden_states.shape)}")
         preparation = self.preparation
-        tokens = self.policy.model.context_adapter(hidden_states.to(preparation.device, preparation.dtype))
-        return Projected(self._sampler.keys_values(tokens), tokens.mean(dim=0))
+        return Projected(*self._step.project(hidden_states.to(preparation.device, preparation.dtype)))
 
     @torch.inference_mode()
     def act(self, requests: Sequence[Request]) -> list[Answer]:
@@ -105,65 +105,68 @@ class SpecialistEngine:
         """
         if not requests:
             return []
-        sensor_tokens, following = self._encode(requests)  # [B, tokens, D], [B, latents, D]
-        keys_values, mask = _join(self._sampler.keys_values(sensor_tokens), [r.conditioning for r in requests])
-        vectors = self.preparation.vectors
-        proprio = self.policy.model.proprio_embedder(vectors([request.frame.proprio for request in requests]))
-        chunks = self._sampler(
-            vectors([request.noise for request in requests]).float(),
-            vectors([request.reference_actions for request in requests]),
-            proprio + torch.stack([request.conditioning.mean for request in requests]),
-            keys_values,
-            mask,
-        )
+        chunks, following = self._run(self._gather(requests))
         # A copy, so that a session keeps its own few kilobytes and not the batch's.
-        return [Answer(chunk, Features(latents.clone())) for chunk, latents in zip(chunks.cpu().numpy(), following)]
+        kept = [Features(latents.clone()) for latents in following]
+        return [Answer(chunk, features) for chunk, features in zip(chunks.cpu().numpy(), kept)]
 
-    def _encode(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
-        """The sensors' part of the context [B, tokens, D], and the static latents as the next step will see them."""
-        policy, model, preparation = self.policy, self.policy.model, self.preparation
+    def _gather(self, requests: Sequence[Request]) -> Inputs:
+        preparation, config = self.preparation, self.policy.config
         frames = [request.frame for request in requests]
-        count = len(frames)
-        before = [request.previous for request in requests if isinstance(request.previous, np.ndarray)]
-        colour = [frame.rgb_static for frame in frames] + before
-        if policy.config.with_gripper:
-            colour += [needed(frame.rgb_gripper, "rgb_gripper") for frame in frames]
-        seen = self._vision_encoder(preparation.colour(colour))  # [B + before (+ B), N, D]
-        static = seen[: count + len(before), None].expand(-1, 2, -1, -1)
-        latents = model.visual_adapter(static)  # [B + before, 2, latents, D]: in the current and the previous place
-        current, following = latents[:count].unbind(1)
-        replayed = iter(latents[count:, 1])
-        previous = []
-        for request, own in zip(requests, following):
-            if isinstance(request.previous, Features):
-                previous.append(request.previous.latents)
+        pixels, maps = [preparation.static(frames)], []
+        if config.with_depth:
+            maps.append(preparation.static_depth(frames))
+        if config.with_gripper:
+            pixels.append(preparation.gripper(frames))
+            maps.append(preparation.gripper_depth(frames))
+        conditionings = [request.conditioning for request in requests]
+        keys_values, mask = _pad([c.keys_values for c in conditionings], GPU_LENGTHS if self._on_gpu else None)
+        return Inputs(
+            pixels=torch.cat(pixels),
+            maps=torch.cat(maps) if maps else None,
+            tactile=preparation.tactile(frames) if config.with_tactile else None,
+            proprio=preparation.vectors([frame.proprio for frame in frames]),
+            previous=self._previous(requests),
+            first=torch.tensor([request.previous is None for request in requests])
+            .view(-1, 1, 1)
+            .to(preparation.device),
+            keys_values=keys_values,
+            mean=torch.stack([conditioning.mean for conditioning in conditionings]),
+            mask=mask,
+            reference=preparation.vectors([request.reference_actions for request in requests]),
+            noise=preparation.vectors([request.noise for request in requests], torch.float32),
+        )
+
+    def _previous(self, requests: Sequence[Request]) -> Tensor:
+        """Latents [B, latents, D]: those that were kept, or of the frames that were given, or zeros at step 0."""
+        given = [request.previous for request in requests if isinstance(request.previous, np.ndarray)]
+        replayed = iter(self._step.following(self.preparation.colour(given)) if given else ())
+        preparation, config = self.preparation, self.policy.config
+        none = torch.zeros(config.latents, config.width, device=preparation.device, dtype=preparation.dtype)
+        latents = []
+        for previous in (request.previous for request in requests):
+            if isinstance(previous, Features):
+                latents.append(previous.latents)
             else:
-                previous.append(own if request.previous is None else next(replayed))
-        parts = [current, torch.stack(previous)]
-        if self._depth_encoder is not None and model.depth_adapter is not None:
-            maps = [preparation.static_depth(frames)]
-            if policy.config.with_gripper:
-                maps.append(preparation.gripper_depth(frames))
-            tokens = self._depth_encoder(torch.cat(maps))
-            parts.append(model.depth_adapter(tokens[:count]))
-            if model.gripper_visual_adapter is not None and model.gripper_depth_adapter is not None:
-                parts.append(model.gripper_visual_adapter(seen[-count:, None])[:, 0])
-                parts.append(model.gripper_depth_adapter(tokens[count:]))
-        if self._tactile_encoder is not None and model.tactile_adapter is not None:
-            parts.append(model.tactile_adapter(self._tactile_encoder(preparation.tactile_images(frames))))
-        return torch.cat(parts, dim=1), following
+                latents.append(none if previous is None else next(replayed))
+        return torch.stack(latents)
 
 
-def _join(sensors: Tensor, conditionings: Sequence[Projected]) -> tuple[Tensor, Tensor | None]:
-    """Sensors' keys and values [B, T, K] before each request's [L, K], padded to one length, with a mask if need be."""
-    lengths = [len(conditioning.keys_values) for conditioning in conditionings]
+def _pad(sequences: Sequence[Tensor], multiple: int | None) -> tuple[Tensor, Tensor | None]:
+    """Sequences [L, K] as one tensor [B, longest, K], with a mask bool [B, longest] of what is no padding.
+
+    With `multiple`, the length is rounded up to it and there is always a mask, so that few shapes occur; without,
+    there is none where all lengths are the same.
+    """
+    lengths = [len(sequence) for sequence in sequences]
     longest = max(lengths)
-    padded = [F.pad(c.keys_values, (0, 0, 0, longest - n)) for c, n in zip(conditionings, lengths)]
-    joined = torch.cat((sensors, torch.stack(padded)), dim=1)
-    if min(lengths) == longest:
-        return joined, None
-    ends = torch.tensor(lengths, device=sensors.device) + sensors.shape[1]
-    return joined, torch.arange(joined.shape[1], device=sensors.device) < ends[:, None]
+    if multiple is not None:
+        longest = -(-longest // multiple) * multiple
+    padded = torch.stack([F.pad(s, (0, 0, 0, longest - n)) for s, n in zip(sequences, lengths)])
+    if multiple is None and min(lengths) == longest:
+        return padded, None
+    device = padded.device
+    return padded, torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
 def load_specialist(

@@ -40,71 +40,60 @@ class Frame:
     proprio: npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
 class Preparation:
     """Makes encoder inputs of arrays, on one device and in one dtype."""
 
-    config: SpecialistConfig
-    strategy: Strategy
-    device: torch.device
-    dtype: torch.dtype
+    def __init__(self, config: SpecialistConfig, strategy: Strategy, device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.strategy, self.device, self.dtype = config, strategy, device, dtype
+        self._means, self._deviations = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEANS, DEVIATIONS))
 
-    def colour(self, frames: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
-        """B frames [H, W, 3] of any sizes to normalised [B, 3, S, S]. Bytes travel to the device, not floats."""
-        size = self.config.image_size
-        images = torch.from_numpy(np.stack([square(frame, size, self.strategy) for frame in frames]))
-        pixels = images.to(self.device).permute(0, 3, 1, 2).to(torch.float32).div_(255)
-        means, deviations = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEANS, DEVIATIONS))
-        return pixels.sub_(means).div_(deviations).to(self.dtype)
+    def static(self, frames: Sequence[Frame]) -> Tensor:
+        """[B, 3, S, S]."""
+        return self.colour([frame.rgb_static for frame in frames])
 
-    def depth(self, maps: Sequence[npt.NDArray[np.float32]], offset: float) -> Tensor:
-        """B maps [H, W] of any sizes to [B, 1, S, S], less the constant."""
-        size = self.config.image_size
-        return torch.cat([resize(self.shifted(values, offset)[:, None], size) for values in maps]).to(self.dtype)
-
-    def shifted(self, values: npt.NDArray[np.float32], offset: float) -> Tensor:
-        """One map [H, W] to float32 [1, H, W], less the constant."""
-        return torch.tensor(values, dtype=torch.float32, device=self.device)[None] - offset
-
-    def tactile(self, images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
-        """B images [H, W, 6] of any sizes to [B, 6, S, S] in [0, 1]."""
-        size = self.config.tactile_size
-        return torch.cat([resize(self.scaled(image), size) for image in images]).to(self.dtype)
-
-    def scaled(self, image: npt.NDArray[np.uint8]) -> Tensor:
-        """One tactile image [H, W, 6] to float32 [1, 6, H, W] in [0, 1]."""
-        return torch.tensor(image, device=self.device).permute(2, 0, 1)[None].to(torch.float32) / 255
-
-    def tactile_images(self, frames: Sequence[Frame]) -> Tensor:
-        """[B, 6, S, S]."""
-        return self.tactile([needed(frame.rgb_tactile, "rgb_tactile") for frame in frames])
+    def gripper(self, frames: Sequence[Frame]) -> Tensor:
+        """[B, 3, S, S]."""
+        return self.colour([needed(frame.rgb_gripper, "rgb_gripper") for frame in frames])
 
     def static_depth(self, frames: Sequence[Frame]) -> Tensor:
         """[B, 1, S, S]."""
-        return self.depth([needed(frame.depth_static, "depth_static") for frame in frames], STATIC_DEPTH_OFFSET)
+        return self._depth([needed(frame.depth_static, "depth_static") for frame in frames], STATIC_DEPTH_OFFSET)
 
     def gripper_depth(self, frames: Sequence[Frame]) -> Tensor:
         """[B, 1, S, S]."""
-        return self.depth([needed(frame.depth_gripper, "depth_gripper") for frame in frames], GRIPPER_DEPTH_OFFSET)
+        return self._depth([needed(frame.depth_gripper, "depth_gripper") for frame in frames], GRIPPER_DEPTH_OFFSET)
 
-    def vectors(self, values: Sequence[npt.NDArray[np.float32]]) -> Tensor:
+    def tactile(self, frames: Sequence[Frame]) -> Tensor:
+        """[B, 6, S, S] in [0, 1]."""
+        images = [needed(frame.rgb_tactile, "rgb_tactile") for frame in frames]
+        return torch.cat([resize(self._scaled(image), self.config.tactile_size) for image in images]).to(self.dtype)
+
+    def colour(self, images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+        """B images [H, W, 3] of any sizes to normalised [B, 3, S, S]. Bytes travel to the device, not floats."""
+        size = self.config.image_size
+        squares = torch.from_numpy(np.stack([square(image, size, self.strategy) for image in images]))
+        pixels = self._to_device(squares).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+        return pixels.sub_(self._means).div_(self._deviations).to(self.dtype)
+
+    def vectors(self, values: Sequence[npt.NDArray[np.float32]], dtype: torch.dtype | None = None) -> Tensor:
         """B arrays of one shape to [B, ...]."""
-        return torch.from_numpy(np.stack(values)).to(self.device, self.dtype)
+        return self._to_device(torch.from_numpy(np.stack(values))).to(dtype or self.dtype)
 
     def observation(self, frame: Frame, previous: npt.NDArray[np.uint8]) -> Observation:
         """What the plain path reads: one frame, and the static image before it (at step 0, the current one)."""
         config = self.config
         depth_static = depth_gripper = rgb_gripper = rgb_tactile = None
         if config.with_depth:
-            depth_static = self.shifted(needed(frame.depth_static, "depth_static"), STATIC_DEPTH_OFFSET).to(self.dtype)
+            depth_static = self._shifted(needed(frame.depth_static, "depth_static"), STATIC_DEPTH_OFFSET)
+            depth_static = depth_static.to(self.dtype)
         if config.with_gripper:
-            rgb_gripper = self.colour([needed(frame.rgb_gripper, "rgb_gripper")])
-            depth_gripper = self.shifted(needed(frame.depth_gripper, "depth_gripper"), GRIPPER_DEPTH_OFFSET)
+            rgb_gripper = self.gripper([frame])
+            depth_gripper = self._shifted(needed(frame.depth_gripper, "depth_gripper"), GRIPPER_DEPTH_OFFSET)
             depth_gripper = depth_gripper.to(self.dtype)
         if config.with_tactile:
-            rgb_tactile = self.scaled(needed(frame.rgb_tactile, "rgb_tactile")).to(self.dtype)
+            rgb_tactile = self._scaled(needed(frame.rgb_tactile, "rgb_tactile")).to(self.dtype)
         return Observation(
-            rgb_static=self.colour([frame.rgb_static]),
+            rgb_static=self.static([frame]),
             rgb_static_previous=self.colour([previous]),
             proprio=self.vectors([frame.proprio]),
             depth_static=depth_static,
@@ -112,3 +101,21 @@ class Preparation:
             depth_gripper=depth_gripper,
             rgb_tactile=rgb_tactile,
         )
+
+    def _depth(self, maps: Sequence[npt.NDArray[np.float32]], offset: float) -> Tensor:
+        size = self.config.image_size
+        return torch.cat([resize(self._shifted(values, offset)[:, None], size) for values in maps]).to(self.dtype)
+
+    def _shifted(self, values: npt.NDArray[np.float32], offset: float) -> Tensor:
+        """One map [H, W] to float32 [1, H, W], less the constant."""
+        return self._to_device(torch.tensor(values, dtype=torch.float32))[None] - offset
+
+    def _scaled(self, image: npt.NDArray[np.uint8]) -> Tensor:
+        """One tactile image [H, W, 6] to float32 [1, 6, H, W] in [0, 1]."""
+        return self._to_device(torch.tensor(image)).permute(2, 0, 1)[None].to(torch.float32) / 255
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return values
+        # From pinned memory the copy needs no wait: the device's stream keeps the order.
+        return values.pin_memory().to(self.device, non_blocking=True)

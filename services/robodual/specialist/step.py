@@ -1,0 +1,84 @@
+"""One control step as one function of tensors, for a batch of requests: what a GPU captures and replays.
+
+Everything is computed once: the frames of both cameras in one batch, the maps of both in another, the context's keys
+and values for all blocks, and nothing of the previous frame, whose latents are an input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from robodual.specialist.encoder import Encoder
+from robodual.specialist.policy import Policy, needed
+from robodual.specialist.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a step reads, on the device. B requests, L the longest conditioning's tokens."""
+
+    pixels: Tensor  # [B or 2 B, 3, S, S], normalised: all static frames, then all gripper frames
+    maps: Tensor | None  # [B or 2 B, 1, S, S]: all static depth maps, then all gripper ones
+    tactile: Tensor | None  # [B, 6, S', S']
+    proprio: Tensor  # [B, 7]
+    previous: Tensor  # [B, latents, D]: the previous static frame's latents; anything where there is none
+    first: Tensor  # bool [B, 1, 1]: whether there is none, so that the current frame stands in
+    keys_values: Tensor  # [B, L, blocks * 2 * D], of the generalist's tokens
+    mean: Tensor  # [B, D], of the generalist's projected tokens
+    mask: Tensor | None  # bool [B, L], False where they are padding; None where there is none
+    reference: Tensor  # [B, 8, 7]
+    noise: Tensor  # float32 [B, 8, 7]
+
+
+class Step:
+    """Runs steps with a policy's weights, which are laid out once: later changes of the policy are not followed."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._model = policy.model
+        self._vision_encoder = Encoder(policy.vision_encoder)
+        self._depth_encoder = Encoder(policy.depth_encoder) if policy.depth_encoder is not None else None
+        self._tactile_encoder = Encoder(policy.tactile_encoder) if policy.tactile_encoder is not None else None
+        self._sampler = Sampler(policy.model, policy.config)
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The generalist's hidden states [L, context width] to keys and values [L, blocks * 2 * D] and mean [D]."""
+        tokens = self._model.context_adapter(hidden_states)
+        return self._sampler.keys_values(tokens), tokens.mean(dim=0)
+
+    def following(self, pixels: Tensor) -> Tensor:
+        """Static frames [B, 3, S, S] to their latents in the place of the previous frame, [B, latents, D]."""
+        return self._static(self._vision_encoder(pixels))[:, 1]
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Actions, float32 [B, 8, 7], and the static frames' latents as the next step needs them, [B, latents, D]."""
+        model, count = self._model, len(inputs.noise)
+        seen = self._vision_encoder(inputs.pixels)  # [B or 2 B, N, vision width]
+        current, following = self._static(seen[:count]).unbind(1)
+        parts = [current, torch.where(inputs.first, following, inputs.previous)]
+        if self._depth_encoder is not None and model.depth_adapter is not None:
+            felt = self._depth_encoder(needed(inputs.maps, "depth_static"))
+            parts.append(model.depth_adapter(felt[:count]))
+            if model.gripper_visual_adapter is not None and model.gripper_depth_adapter is not None:
+                parts.append(model.gripper_visual_adapter(seen[count:, None])[:, 0])
+                parts.append(model.gripper_depth_adapter(felt[count:]))
+        if self._tactile_encoder is not None and model.tactile_adapter is not None:
+            parts.append(model.tactile_adapter(self._tactile_encoder(needed(inputs.tactile, "rgb_tactile"))))
+        sensors = self._sampler.keys_values(torch.cat(parts, dim=1))
+        mask = None if inputs.mask is None else F.pad(inputs.mask, (sensors.shape[1], 0), value=True)
+        chunks = self._sampler(
+            inputs.noise,
+            inputs.reference,
+            model.proprio_embedder(inputs.proprio) + inputs.mean,
+            torch.cat((sensors, inputs.keys_values), dim=1),
+            mask,
+        )
+        return chunks, following
+
+    def _static(self, tokens: Tensor) -> Tensor:
+        """[B, N, vision width] to latents in the current and the previous place, [B, 2, latents, D]."""
+        out: Tensor = self._model.visual_adapter(tokens[:, None].expand(-1, 2, -1, -1))
+        return out
