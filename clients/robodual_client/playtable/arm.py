@@ -159,11 +159,13 @@ class Arm:
         return np.array([*position, *orientation, self._width(), *self._joints(), self.gripper_action])
 
     def info(self) -> dict[str, Any]:
-        """calvin_env's robot_info: pose, joints, body id and contact tuples."""
+        """calvin_env's robot_info: pose, joints, body id and contact tuples; and the target pose that actions move."""
         position, orientation = self.tool_pose()
         return {
             "tcp_pos": position,
             "tcp_orn": orientation,
+            "target_pos": tuple(self.target_position),
+            "target_orn": tuple(self.target_orientation),
             "gripper_opening_width": self._width(),
             "arm_joint_states": self._joints(),
             "gripper_action": self.gripper_action,

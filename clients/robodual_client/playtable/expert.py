@@ -108,17 +108,7 @@ class Expert:
         yield from hold(self._view, gripper, 1)
 
     def _servo(self, goal: Goal) -> np.ndarray:
-        # The environment adds actions to a target pose that it does not show: keep account of how far it is ahead, so
-        # that pushing against something does not carry it off.
-        pose = np.concatenate([self._view.tool, self._view.euler])
-        moved = pose - self._pose
-        moved[3:] = (moved[3:] + np.pi) % (2 * np.pi) - np.pi
-        self._pose = pose
-        if self._view.jumped:
-            self._last, self._ahead = np.zeros(6), np.zeros(6)
-        else:
-            self._ahead += self._last * UNITS - moved
-
+        self._account()
         translation = (goal.position - self._view.tool) * 50 * GAIN
         translation *= min(1.0, goal.speed / max(float(np.linalg.norm(translation)), 1e-9))
         rotation = np.clip(turn(self._view, goal.euler) * 20 * GAIN, -0.8, 0.8)
@@ -127,3 +117,24 @@ class Expert:
         motion = (np.clip(self._ahead + motion * UNITS, -AHEAD, AHEAD) - self._ahead) / UNITS
         self._last = np.clip(motion, -1.0, 1.0)
         return np.array([*self._last, goal.gripper])
+
+    def _account(self) -> None:
+        """Finds how far the target pose, to which the environment adds actions, is ahead of the arm, so that pushing
+        against something does not carry it off. Playtable tells it; elsewhere it follows from the actions so far."""
+        pose = np.concatenate([self._view.tool, self._view.euler])
+        moved = _wrapped_pose(pose - self._pose)
+        self._pose = pose
+        robot = self._env.get_info()["robot_info"]
+        if self._view.jumped:
+            self._last = np.zeros(6)
+        if "target_pos" in robot:
+            self._ahead = _wrapped_pose(np.concatenate([robot["target_pos"], robot["target_orn"]]) - pose)
+        elif self._view.jumped:
+            self._ahead = np.zeros(6)
+        else:
+            self._ahead += self._last * UNITS - moved
+
+
+def _wrapped_pose(difference: np.ndarray) -> np.ndarray:
+    difference[3:] = (difference[3:] + np.pi) % (2 * np.pi) - np.pi
+    return difference

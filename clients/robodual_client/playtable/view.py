@@ -126,7 +126,7 @@ class View:
     def held(self) -> Block | None:
         """The block between the fingers, if any."""
         block = self.nearest()
-        between = self.closing and 0.03 < self.width < 0.075 and np.linalg.norm(block.position - self.tool) < 0.045
+        between = self.closing and self.width > 0.03 and np.linalg.norm(block.position - self.tool) < 0.045
         return block if between else None
 
     def nearest(self) -> Block:

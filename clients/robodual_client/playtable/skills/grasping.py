@@ -26,6 +26,7 @@ CLOSE_STEPS = 8
 SHELF_TILT = 0.6  # radians: keeps the hand clear of the cabinet's roof and sides
 TURN = math.radians(80)
 FINGER_REACH = 0.06  # metres from the tool centre to the outside of an open finger
+WRIST = 1.9  # radians that the wrist turns either way from the home yaw
 HALF_HAND = 0.104
 SWING = 0.6
 GRIP = 0.06  # metres that the fingers close on with room to spare
@@ -42,7 +43,8 @@ def grasp_yaw(view: View, block: Block, centre: float = HOME_YAW) -> float:
         tips = [block.position[:2] + side * FINGER_REACH * fingers for side in (-1, 1)]
         blocked = any(np.linalg.norm(tip - other) < 0.035 for tip in tips for other in others)
         across = abs(math.cos(yaw)) if walled else 0.0  # drawer and cabinet are wide, and not deep
-        return abs(wrapped(yaw - centre)) + 3.0 * blocked + 2.0 * (span > GRIP) + 2.0 * across
+        far = abs(wrapped(yaw - HOME_YAW)) > WRIST
+        return abs(wrapped(yaw - centre)) + 3.0 * blocked + 2.0 * (span > GRIP) + 2.0 * across + 5.0 * far
 
     options = [(yaw + half * math.pi, span) for yaw, span in block.grips for half in (-1, 0, 1)]
     return min(options, key=cost)[0]

