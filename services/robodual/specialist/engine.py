@@ -18,6 +18,7 @@ from robodual.profiles import PROFILES
 from robodual.specialist.checkpoint import load
 from robodual.specialist.frames import Frame, Preparation
 from robodual.specialist.graphs import Graphs
+from robodual.specialist.packing import can_pack
 from robodual.specialist.policy import Policy
 from robodual.specialist.step import Inputs, Step
 
@@ -127,9 +128,7 @@ class SpecialistEngine:
             tactile=preparation.tactile(frames) if config.with_tactile else None,
             proprio=preparation.vectors([frame.proprio for frame in frames]),
             previous=self._previous(requests),
-            first=torch.tensor([request.previous is None for request in requests])
-            .view(-1, 1, 1)
-            .to(preparation.device),
+            first=preparation.flags([request.previous is None for request in requests]).view(-1, 1, 1),
             keys_values=keys_values,
             mean=torch.stack([conditioning.mean for conditioning in conditionings]),
             mask=mask,
@@ -221,6 +220,7 @@ def load_specialist(
 def _facts(profile: str, policy: Policy, strategy: Strategy) -> EngineFacts:
     weight = policy.model.x_embedder.weight
     config = policy.config
+    execution = "CUDA graphs" if weight.is_cuda else "packed layers" if can_pack(weight) else "eager"
     return EngineFacts(
         profile=profile,
         checkpoint=hash_state_dict(policy),
@@ -232,6 +232,7 @@ def _facts(profile: str, policy: Policy, strategy: Strategy) -> EngineFacts:
             "diffusion_steps": str(config.diffusion_steps),
             "guidance_scale": f"{config.guidance_scale:g}",
             "image_resize_strategy": strategy,
+            "execution": execution,
             **device_memory(weight.device),
         },
     )

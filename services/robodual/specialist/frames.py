@@ -79,6 +79,10 @@ class Preparation:
         """B arrays of one shape to [B, ...]."""
         return self._to_device(torch.from_numpy(np.stack(values))).to(dtype or self.dtype)
 
+    def flags(self, values: Sequence[bool]) -> Tensor:
+        """Bool [B]."""
+        return self._to_device(torch.tensor(values))
+
     def observation(self, frame: Frame, previous: npt.NDArray[np.uint8]) -> Observation:
         """What the plain path reads: one frame, and the static image before it (at step 0, the current one)."""
         config = self.config

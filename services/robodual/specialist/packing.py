@@ -26,7 +26,7 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, gelu: Gelu | None = None) -> None:
-        self._packed = _can_pack(weight)
+        self._packed = can_pack(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach()) if self._packed else weight.detach()
         self._bias = None if bias is None else bias.detach()
         self._gelu = gelu
@@ -55,6 +55,7 @@ class Linear:
         return residual + F.linear(x, self._weight, self._bias)
 
 
-def _can_pack(weight: Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
+    """Whether a layer with this weight is packed."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return available and weight.is_cpu and weight.dtype == torch.float32
