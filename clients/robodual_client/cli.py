@@ -1,20 +1,16 @@
-"""The command line: `robodual-client evaluate | merge | compare`."""
+"""The command line: `robodual-client evaluate | merge | compare | doctor`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Callable, Sequence
 
-from robodual_client.calvin import EvaluationError, Options, evaluate
-from robodual_client.calvin.annotations import VALIDATION
+from robodual_client.calvin import EvaluationError, evaluate, flags
 from robodual_client.calvin.comparison import compare
 from robodual_client.calvin.estimate import estimate
-from robodual_client.calvin.options import ENVIRONMENTS, POLICIES, VIDEO, parse_numbers, shard
 from robodual_client.calvin.results import RESULTS, SEQUENCES, Results, load, merge
-from robodual_client.calvin.rollout import EPISODE_STEPS
-from robodual_client.calvin.sequences import published
 
 INTERRUPTED = 130
 
@@ -35,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="robodual-client", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    add_evaluate(commands.add_parser("evaluate", help="run CALVIN's five-task sequences"))
+    evaluating = commands.add_parser("evaluate", help="run CALVIN's five-task sequences")
+    flags.add(evaluating)
+    evaluating.set_defaults(command=_evaluate)
 
     merging = commands.add_parser("merge", help="join the parts of one evaluation")
     merging.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="folders of --shard or interrupted runs")
@@ -46,84 +44,20 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("a", type=Path, metavar="A", help="folder of a run")
     comparing.add_argument("b", type=Path, metavar="B", help="folder of another")
     comparing.set_defaults(command=_compare)
+
+    examining = commands.add_parser("doctor", help="why is it 0 %%? look at simulator, observations and actions")
+    examining.add_argument("simulator", nargs="?", choices=["calvin"], default="calvin", help="(calvin)")
+    examining.add_argument("--calvin-root", type=Path, metavar="DIR", help="checkout of calvin_env (CALVIN_ROOT)")
+    examining.add_argument("--render", default="auto", metavar="HOW", help="auto, egl or cpu (auto)")
+    examining.add_argument("--traces", type=Path, metavar="DIR", help="recorded runs, trace_*.npz (the client's own)")
+    examining.add_argument("--services", action="store_true", help="also look at the actions that the services give")
+    flags.add_services(examining.add_argument_group("services (with --services; a token is read from ROBODUAL_TOKEN)"))
+    examining.set_defaults(command=_doctor)
     return parser
 
 
-def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `evaluate`, and the command itself."""
-    what = parser.add_argument_group("what")
-    what.add_argument("--env", default="playtable", help=f"{', '.join(ENVIRONMENTS)}, or module:callable (playtable)")
-    what.add_argument("--policy", default="services", help=f"{', '.join(POLICIES)}, or module:callable (services)")
-    what.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
-    what.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    what.add_argument("--dry-run", action="store_true", help="count and estimate, run nothing")
-
-    which = parser.add_argument_group("sequences")
-    chosen = which.add_mutually_exclusive_group()
-    chosen.add_argument("--num-sequences", type=int, metavar="N", help="the first N of the published 1000 (1000)")
-    chosen.add_argument("--sequences", metavar="LIST", help="numbers and ranges, as 0-99,250")
-    which.add_argument("--shard", metavar="I/N", help="the I-th of N shares of them, for N machines; then merge")
-    which.add_argument("--ep-len", type=int, default=EPISODE_STEPS, metavar="N", help="steps a task may take (360)")
-    which.add_argument("--seed", type=int, default=0, help="of the policy's noise (0)")
-    which.add_argument("--annotations", type=Path, default=VALIDATION, metavar="FILE", help="JSON: task -> sentences")
-
-    services = parser.add_argument_group("services (--policy services; a token is read from ROBODUAL_TOKEN)")
-    services.add_argument("--generalist", default="127.0.0.1:50051", metavar="ADDRESS", help="(127.0.0.1:50051)")
-    services.add_argument("--specialist", default="127.0.0.1:50052", metavar="ADDRESS", help="(127.0.0.1:50052)")
-    services.add_argument("--schedule", default="published", help="published, every-N or async (published)")
-    services.add_argument("--tls", action="store_true", help="connect with TLS")
-    services.add_argument("--tls-ca", metavar="FILE", help="PEM file of who signed the services' certificates")
-
-    simulator = parser.add_argument_group("simulator")
-    simulator.add_argument("--workers", type=int, default=1, metavar="N", help="simulator processes (1)")
-    simulator.add_argument("--calvin-root", metavar="DIR", help="checkout of calvin_env (CALVIN_ROOT)")
-    simulator.add_argument("--scene", metavar="A-D", help="CALVIN's scene (D)")
-    simulator.add_argument("--render", metavar="HOW", help="CALVIN's renderer: auto, egl or cpu (auto)")
-
-    seeing = parser.add_argument_group("seeing (extra `report`)")
-    seeing.add_argument("--video", choices=VIDEO, default="none", help="which sequences to film (none)")
-    seeing.add_argument("--no-report", action="store_true", help="write no report.html")
-    parser.set_defaults(command=_evaluate)
-
-
-def options_of(given: argparse.Namespace) -> Options:
-    """The evaluation that the flags ask for. Raises EvaluationError for flags that make no sense."""
-    if given.sequences is not None:
-        numbers = parse_numbers(given.sequences)
-    else:
-        count = len(published()) if given.num_sequences is None else given.num_sequences
-        if not 1 <= count <= len(published()):
-            raise EvaluationError(f"num_sequences: must lie in 1-{len(published())}, got {count}")
-        numbers = tuple(range(count))
-    if given.shard is not None:
-        numbers = shard(numbers, given.shard)
-    simulator = {"root": given.calvin_root, "scene": given.scene, "render": given.render}
-    env_options = {name: value for name, value in simulator.items() if value is not None}
-    if env_options and given.env != "calvin":
-        raise EvaluationError("--calvin-root, --scene and --render go with --env calvin")
-    policy_options: dict[str, Any] = {}
-    if given.policy == "services":
-        policy_options = {"generalist": given.generalist, "specialist": given.specialist, "schedule": given.schedule}
-        if given.tls or given.tls_ca:
-            policy_options["tls"] = {"ca": given.tls_ca} if given.tls_ca else True
-    return Options(
-        out=given.out,
-        env=given.env,
-        env_options=env_options,
-        policy=given.policy,
-        policy_options=policy_options,
-        numbers=numbers,
-        seed=given.seed,
-        ep_len=given.ep_len,
-        annotations=given.annotations,
-        workers=given.workers,
-        video=given.video,
-        resume=given.resume,
-    )
-
-
 def _evaluate(given: argparse.Namespace) -> None:
-    options = options_of(given)
+    options = flags.options(given)
     if given.dry_run:
         print(estimate(options))
         return
@@ -142,6 +76,22 @@ def _merge(given: argparse.Namespace) -> None:
 
 def _compare(given: argparse.Namespace) -> None:
     print(compare(load(given.a), load(given.b)).table(given.a.name, given.b.name))
+
+
+def _doctor(given: argparse.Namespace) -> None:
+    from robodual_client.calvin import doctor, policies
+
+    served = policies.arguments(**flags.services(given)) if given.services else None
+    findings = doctor.check(doctor.Options(given.calvin_root, given.render, given.traces, served))
+    width = max(len(finding.subject) for finding in findings)
+    marks = {"ok": "ok", "note": "--", "fault": "NO"}
+    for finding in findings:
+        print(f"{marks[finding.state]:<3} {finding.subject:<{width}}  {finding.found}")
+        if finding.remedy:
+            print(f"{'':<{width + 6}}-> {finding.remedy}")
+    faults = sum(finding.state == "fault" for finding in findings)
+    if faults:
+        raise EvaluationError(f"doctor: {faults} fault{'s' if faults > 1 else ''}, marked NO")
 
 
 def _show(results: Results, folder: Path, *, report: bool) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,3 +112,21 @@ def test_another_set_of_instructions_is_what_the_policy_is_asked(tmp_path: Path)
 def test_the_validation_sentences_are_complete() -> None:
     assert len(load()) == 34
     assert load()["lift_pink_block_drawer"] == "Take the pink block from the drawer"
+
+
+def test_the_doctor_shows_what_it_found_and_a_fault_is_a_status(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CALVIN_ROOT", raising=False)
+    with pytest.raises(SystemExit) as exited:
+        main(["doctor", "calvin", "--calvin-root", str(tmp_path)])
+    assert "marked NO" in str(exited.value.code)
+    shown = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ok") and "Python" in line for line in shown)
+    assert any(line.startswith("NO") and "calvin_env" in line for line in shown)
+
+
+@pytest.mark.skipif("CALVIN_ROOT" not in os.environ, reason="CALVIN_ROOT is not set: needs a checkout of calvin_env")
+def test_the_doctor_finds_nothing_wrong_with_the_published_simulator(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "calvin"])
+    assert "bit for bit" in capsys.readouterr().out

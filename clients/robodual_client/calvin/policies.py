@@ -60,7 +60,12 @@ def services(env: Environment, seed: int, tls: Mapping[str, str] | bool = False,
     return client(seed=seed, tls=tls, **options)
 
 
-def client(tls: Mapping[str, str] | bool = False, **options: Any) -> DualSystemClient:
+def client(**options: Any) -> DualSystemClient:
     """The client that `services` drives. Raises ValueError for a malformed option."""
+    return DualSystemClient(**arguments(**options))
+
+
+def arguments(tls: Mapping[str, str] | bool = False, **options: Any) -> dict[str, Any]:
+    """DualSystemClient's arguments for the options of `services`."""
     secured = tls if isinstance(tls, bool) else Tls(**tls)
-    return DualSystemClient(tls=secured, token=os.environ.get("ROBODUAL_TOKEN") or None, **options)
+    return {"tls": secured, "token": os.environ.get("ROBODUAL_TOKEN") or None, **options}

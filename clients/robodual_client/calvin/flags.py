@@ -1,0 +1,99 @@
+"""The flags of an evaluation, and the Options that they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from robodual_client.calvin.annotations import VALIDATION
+from robodual_client.calvin.options import (
+    ENVIRONMENTS,
+    POLICIES,
+    VIDEO,
+    EvaluationError,
+    Options,
+    parse_numbers,
+    shard,
+)
+from robodual_client.calvin.rollout import EPISODE_STEPS
+from robodual_client.calvin.sequences import published
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of an evaluation."""
+    what = parser.add_argument_group("what")
+    what.add_argument("--env", default="playtable", help=f"{', '.join(ENVIRONMENTS)}, or module:callable (playtable)")
+    what.add_argument("--policy", default="services", help=f"{', '.join(POLICIES)}, or module:callable (services)")
+    what.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    what.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    what.add_argument("--dry-run", action="store_true", help="count and estimate, run nothing")
+
+    which = parser.add_argument_group("sequences")
+    chosen = which.add_mutually_exclusive_group()
+    chosen.add_argument("--num-sequences", type=int, metavar="N", help="the first N of the published 1000 (1000)")
+    chosen.add_argument("--sequences", metavar="LIST", help="numbers and ranges, as 0-99,250")
+    which.add_argument("--shard", metavar="I/N", help="the I-th of N shares of them, for N machines; then merge")
+    which.add_argument("--ep-len", type=int, default=EPISODE_STEPS, metavar="N", help="steps a task may take (360)")
+    which.add_argument("--seed", type=int, default=0, help="of the policy's noise (0)")
+    which.add_argument("--annotations", type=Path, default=VALIDATION, metavar="FILE", help="JSON: task -> sentences")
+
+    add_services(parser.add_argument_group("services (--policy services; a token is read from ROBODUAL_TOKEN)"))
+
+    simulator = parser.add_argument_group("simulator")
+    simulator.add_argument("--workers", type=int, default=1, metavar="N", help="simulator processes (1)")
+    simulator.add_argument("--calvin-root", metavar="DIR", help="checkout of calvin_env (CALVIN_ROOT)")
+    simulator.add_argument("--scene", metavar="A-D", help="CALVIN's scene (D)")
+    simulator.add_argument("--render", metavar="HOW", help="CALVIN's renderer: auto, egl or cpu (auto)")
+
+    seeing = parser.add_argument_group("seeing (extra `report`)")
+    seeing.add_argument("--video", choices=VIDEO, default="none", help="which sequences to film (none)")
+    seeing.add_argument("--no-report", action="store_true", help="write no report.html")
+
+
+def add_services(group: Any) -> None:
+    """Adds the flags that say where the services are, to a parser or a group of one."""
+    group.add_argument("--generalist", default="127.0.0.1:50051", metavar="ADDRESS", help="(127.0.0.1:50051)")
+    group.add_argument("--specialist", default="127.0.0.1:50052", metavar="ADDRESS", help="(127.0.0.1:50052)")
+    group.add_argument("--schedule", default="published", help="published, every-N or async (published)")
+    group.add_argument("--tls", action="store_true", help="connect with TLS")
+    group.add_argument("--tls-ca", metavar="FILE", help="PEM file of who signed the services' certificates")
+
+
+def services(given: argparse.Namespace) -> dict[str, Any]:
+    """The options of the policy `services` that the flags of `add_services` ask for."""
+    options = {"generalist": given.generalist, "specialist": given.specialist, "schedule": given.schedule}
+    if given.tls or given.tls_ca:
+        options["tls"] = {"ca": given.tls_ca} if given.tls_ca else True
+    return options
+
+
+def options(given: argparse.Namespace) -> Options:
+    """The evaluation that the flags ask for. Raises EvaluationError for flags that make no sense."""
+    if given.sequences is not None:
+        numbers = parse_numbers(given.sequences)
+    else:
+        count = len(published()) if given.num_sequences is None else given.num_sequences
+        if not 1 <= count <= len(published()):
+            raise EvaluationError(f"num_sequences: must lie in 1-{len(published())}, got {count}")
+        numbers = tuple(range(count))
+    if given.shard is not None:
+        numbers = shard(numbers, given.shard)
+    simulator = {"root": given.calvin_root, "scene": given.scene, "render": given.render}
+    env_options = {name: value for name, value in simulator.items() if value is not None}
+    if env_options and given.env != "calvin":
+        raise EvaluationError("--calvin-root, --scene and --render go with --env calvin")
+    return Options(
+        out=given.out,
+        env=given.env,
+        env_options=env_options,
+        policy=given.policy,
+        policy_options=services(given) if given.policy == "services" else {},
+        numbers=numbers,
+        seed=given.seed,
+        ep_len=given.ep_len,
+        annotations=given.annotations,
+        workers=given.workers,
+        video=given.video,
+        resume=given.resume,
+    )
