@@ -72,6 +72,14 @@ def test_info_serves_the_oracle(simulator: Any) -> None:
     assert achieved(before, simulator.get_info(), ["open_drawer", "close_drawer"]) == {"open_drawer"}
 
 
+def test_info_tells_the_pose_that_actions_are_added_to(simulator: Any) -> None:
+    simulator.reset(*published()[0].observations())
+    before = simulator.get_info()["robot_info"]
+    after = simulator.step(np.array([0.5, 0, -1, 0, 0.2, 0, 1]))[3]["robot_info"]
+    np.testing.assert_allclose(after["target_pos"] - before["target_pos"], [0.01, 0, -0.02], atol=1e-9)
+    np.testing.assert_allclose(after["target_orn"] - before["target_orn"], [0, 0.01, 0], atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("action", "complaint"),
     [

@@ -104,16 +104,18 @@ class CalvinEnvironment:
         if command[6] not in (-1.0, 1.0):
             raise ValueError(f"action[6] (gripper) is {command[6]}; it must be -1 (close) or 1 (open)")
         observation, reward, done, info = self._sim.step(command)
-        return _observation(observation), float(reward), bool(done), info
+        return _observation(observation), float(reward), bool(done), self._with_target(info)
 
     def get_obs(self) -> Observation:
         """rgb_obs, depth_obs (metres), robot_obs [15] and scene_obs [24] of this moment."""
         return _observation(self._sim.get_obs())
 
     def get_info(self) -> dict[str, Any]:
-        """calvin_env's privileged view of robot and scene: uids, poses, contacts, door and light states."""
-        info: dict[str, Any] = self._sim.get_info()
-        return info
+        """calvin_env's privileged view of robot and scene: uids, poses, contacts, door and light states.
+
+        To robot_info it adds target_pos [3] and target_orn [3, Euler angles], the pose that actions are added to.
+        """
+        return self._with_target(self._sim.get_info())
 
     def close(self) -> None:
         """Disconnects the physics client. Closing again does nothing."""
@@ -121,6 +123,11 @@ class CalvinEnvironment:
             with _quiet():
                 self._sim.p.disconnect(physicsClientId=self._sim.cid)
             self._sim = None
+
+    def _with_target(self, info: dict[str, Any]) -> dict[str, Any]:
+        robot = self._sim.robot
+        info["robot_info"].update(target_pos=robot.target_pos.copy(), target_orn=robot.target_orn.copy())
+        return info
 
     def _start(self) -> None:
         import pybullet
