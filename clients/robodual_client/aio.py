@@ -37,9 +37,16 @@ class AsyncDualSystemClient:
         tls: Tls | bool = False,
         timeouts: Timeouts | None = None,
         stream: bool = True,
+        latency: Mapping[str, float] | None = None,
     ) -> None:
         self._session = Session(
-            generalist, specialist, session=session, schedule=schedule, seed=seed, timeouts=timeouts or Timeouts()
+            generalist,
+            specialist,
+            session=session,
+            schedule=schedule,
+            seed=seed,
+            timeouts=timeouts or Timeouts(),
+            latency=latency or {},
         )
         self._connections = AsyncConnections(security(token, tls), stream)
 
@@ -63,6 +70,9 @@ class AsyncDualSystemClient:
 
     async def step(self, obs: Mapping[str, Any]) -> npt.NDArray[np.float64]:
         return await self._connections.run(self._session.step(obs))
+
+    def skip(self, steps: int) -> None:
+        self._session.skip(steps)
 
     async def close(self) -> None:
         if not self._connections.closed:
@@ -121,6 +131,7 @@ class AsyncConnections:
 
     async def _perform(self, operation: Operation) -> Any:
         if isinstance(operation, Call):
+            await asyncio.sleep(operation.delay)
             if self._stream and operation.method == "Act":
                 return await self._exchange(operation)
             return await self._call(operation)
@@ -161,6 +172,7 @@ class AsyncConnections:
 
     async def _launch(self, launch: Launch | None) -> None:
         while launch is not None:
+            await asyncio.sleep(launch.call.delay)
             try:
                 outcome = await self._call(launch.call)
             except Failure as failure:

@@ -43,13 +43,14 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Call:
-    """Send `request`, and give its response to the plan or throw the Failure into it."""
+    """Send `request` after `delay` seconds, and give its response to the plan or throw the Failure into it."""
 
     address: str
     service: str
     method: str
     request: Message | bytes  # bytes: already serialised
     timeout: float
+    delay: float = 0.0  # latency that was asked for
 
     @property
     def where(self) -> str:

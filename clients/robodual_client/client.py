@@ -33,6 +33,8 @@ class DualSystemClient:
         tls: True for TLS with the default roots, or a `Tls`.
         timeouts: limits of single calls, and of how long they are repeated.
         stream: whether steps travel by `ActStream` (faster) or as unary calls.
+        latency: seconds that each Condition ("generalist") and each Act ("specialist") is held back before it is sent,
+            to see what slower models or a longer way to them would do.
 
     Nothing is sent before the first `reset` or `info`. Raises ValueError for a malformed argument. Calls raise
     RoboDualError (errors.py says which), after whatever repeating, reconnecting and moving to another replica could do.
@@ -51,9 +53,16 @@ class DualSystemClient:
         tls: Tls | bool = False,
         timeouts: Timeouts | None = None,
         stream: bool = True,
+        latency: Mapping[str, float] | None = None,
     ) -> None:
         self._session = Session(
-            generalist, specialist, session=session, schedule=schedule, seed=seed, timeouts=timeouts or Timeouts()
+            generalist,
+            specialist,
+            session=session,
+            schedule=schedule,
+            seed=seed,
+            timeouts=timeouts or Timeouts(),
+            latency=latency or {},
         )
         self._connections = Connections(security(token, tls), stream)
         # Also at exit, for a client that nobody closed: the interpreter must not go while gRPC's threads hold locks.
@@ -92,6 +101,14 @@ class DualSystemClient:
         Raises InvalidObservation, before anything is sent, if a sensor that the model reads is missing or malformed.
         """
         return self._connections.run(self._session.step(obs))
+
+    def skip(self, steps: int) -> None:
+        """Counts control steps that went by without being asked for, because an answer was late.
+
+        Ages, the schedule and temporal aggregation go by control steps: without this, an action that took three of
+        them would count as one. Raises ValueError for a negative number.
+        """
+        self._session.skip(steps)
 
     def close(self) -> None:
         """Lets the services forget the session and closes the connections. The client cannot be used afterwards."""

@@ -70,13 +70,14 @@ class Connections:
 
     def _perform(self, operation: Operation) -> Any:
         if isinstance(operation, Call):
+            time.sleep(operation.delay)
             if self._stream and operation.method == "Act":
                 return self._exchange(operation)
             return self._call(operation)
         if isinstance(operation, Sleep):
             return time.sleep(operation.seconds)
         if isinstance(operation, Launch):
-            return self._launch(operation, self._halted)
+            return self._schedule(operation, self._halted)
         assert isinstance(operation, Halt)
         return self._halt()
 
@@ -99,6 +100,13 @@ class Connections:
             stream.close()
             raise
 
+    def _schedule(self, launch: Launch, halted: int) -> None:
+        if launch.call.delay == 0:
+            return self._launch(launch, halted)
+        timer = threading.Timer(launch.call.delay, self._launch, (launch, halted))
+        timer.daemon = True
+        return timer.start()
+
     def _launch(self, launch: Launch, halted: int) -> None:
         call = launch.call
         with self._launching:
@@ -119,7 +127,7 @@ class Connections:
         else:
             following = launch.landed(Failure.of(future, launch.call.where))
         if following is not None:
-            self._launch(following, halted)
+            self._schedule(following, halted)
 
     def _halt(self) -> None:
         with self._launching:

@@ -40,6 +40,7 @@ class Session:
         schedule: str,
         seed: int,
         timeouts: Timeouts,
+        latency: Mapping[str, float],
     ) -> None:
         self.name = uuid.uuid4().hex if session is None else session
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name):
@@ -50,6 +51,7 @@ class Session:
         self.step_number = 0
         self._seed = _checked_seed(seed)
         self._timeouts = timeouts
+        self._latency = _checked_latency(latency)
         self._generalists = Replicas(_addresses(generalist, "generalist"), self.name)
         self._specialists = Replicas(_addresses(specialist, "specialist"), self.name)
         self._specialist_info: ServiceInfo | None = None
@@ -62,6 +64,7 @@ class Session:
     def _start_episode(self, instruction: str) -> None:
         self._instruction = instruction
         self.step_number = 0
+        self._first_unseen = 0  # the step after the last one that was answered
         self._reset_at: set[str] = set()  # specialists where this episode was started
         self._answered_by = ""
         self._recovery: wire.RecoveryState | None = None
@@ -115,7 +118,8 @@ class Session:
         step = self.step_number
         if self._thinking is not None:
             self._thinking.raise_error()
-        if self.schedule.waits(step) and (self._asked is None or self._asked[0] != step):
+        due = any(self.schedule.waits(passed) for passed in range(self._first_unseen, step + 1))
+        if due and (self._asked is None or self._asked[0] != step):
             self._conditioning = yield from self._condition(step, frame)
             self._asked = step, frame
             self._least = step
@@ -124,9 +128,14 @@ class Session:
         answer = yield from self._act(step, frame)
         self._previous = frame
         self._least = answer.conditioning_step
-        self.step_number = step + 1
+        self.step_number = self._first_unseen = step + 1
         self.last = answer
         return answer.action.copy()
+
+    def skip(self, steps: int) -> None:
+        if steps < 0:
+            raise ValueError(f"steps must be at least 0, got {steps}")
+        self.step_number += steps
 
     def close(self) -> Plan[None]:
         """Stops what is in the background and lets the services forget the session, as far as they can be reached."""
@@ -162,7 +171,8 @@ class Session:
                 if attempts.failures == 0:
                     yield from self._think(step, frame)
                 start = time.perf_counter()
-                response = yield Call(address, SPECIALIST, "Act", request, attempts.timeout(self._timeouts.act))
+                timeout = attempts.timeout(self._timeouts.act)
+                response = yield Call(address, SPECIALIST, "Act", request, timeout, self._latency["specialist"])
             except Failure as failure:
                 if failure.code is grpc.StatusCode.NOT_FOUND and address not in lost_at:
                     # Restarted, or the session timed out there: give it the episode's start or its recovery state.
@@ -244,7 +254,8 @@ class Session:
         head = wire.ConditionRequest(
             session_id=self.name, episode=self.episode, step=step, instruction=self._instruction
         )
-        return Call(address, GENERALIST, "Condition", frame.condition_request(head), self._timeouts.condition)
+        request, timeout = frame.condition_request(head), self._timeouts.condition
+        return Call(address, GENERALIST, "Condition", request, timeout, self._latency["generalist"])
 
     def _reset_call(self, service: str, address: str) -> Call:
         request = wire.ResetRequest(
@@ -275,6 +286,13 @@ def _checked_seed(seed: int) -> int:
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be 0 to 2**64 - 1, got {seed}")
     return int(seed)
+
+
+def _checked_latency(given: Mapping[str, float]) -> dict[str, float]:
+    latency = {"generalist": 0.0, "specialist": 0.0, **given}
+    if len(latency) > 2 or not all(0 <= seconds < float("inf") for seconds in latency.values()):
+        raise ValueError(f"latency must be seconds, at least 0, of 'generalist' and 'specialist', got {dict(given)}")
+    return latency
 
 
 def _checked_info(response: wire.InfoResponse, name: str, address: str) -> ServiceInfo:
