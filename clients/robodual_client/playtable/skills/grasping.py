@@ -28,6 +28,7 @@ TURN = math.radians(80)
 FINGER_REACH = 0.06  # metres from the tool centre to the outside of an open finger
 WRIST = 1.9  # radians that the wrist turns either way from the home yaw
 HALF_HAND = 0.104
+SLACK = 0.016  # metres by which the fingers may close on a block beside their middle
 SWING = 0.6
 GRIP = 0.06  # metres that the fingers close on with room to spare
 
@@ -59,8 +60,10 @@ def take(view: View, name: str, yaw: float, tilt: float = 0.0) -> Skill:
         spot = shift(block.position, 0.0, -math.tan(tilt) * height, height)
         if view.in_drawer(block) and abs(math.sin(yaw)) > 0.7:  # the outer finger fits between block and wall
             spot[0] = np.clip(spot[0], 0.062, 0.298)
-        elif view.on_shelf(block) and not swing(view, spot[0]):  # and the hand between the cabinet's sides
-            spot[0] = np.clip(spot[0], -0.255, 0.056)
+        elif view.on_shelf(block):  # and the hand, if it can, between door and cabinet
+            left, right = opening(view, spot[0])
+            if left + HALF_HAND - SLACK < spot[0] < right - HALF_HAND + SLACK:
+                spot[0] = np.clip(spot[0], left + HALF_HAND, right - HALF_HAND)
         return spot
 
     yield from travel(view, at(0.1), euler, OPEN)
@@ -69,15 +72,21 @@ def take(view: View, name: str, yaw: float, tilt: float = 0.0) -> Skill:
     yield from hold(view, CLOSED, CLOSE_STEPS)
 
 
-def swing(view: View, x: float) -> float:
-    """The turn in radians that keeps the hand, 0.21 m wide, out of the way of door and cabinet when it reaches into the
-    cabinet at `x`: one end of it stays in front."""
-    left, right = (-0.36, -0.1 - view.slide) if x < -0.1 else (0.18 - view.slide, 0.16)
-    if x + HALF_HAND > right + 0.015:
-        return -SWING
-    if x - HALF_HAND < left - 0.015:
-        return SWING
-    return 0.0
+def cabinet_yaw(view: View, x: float, yaw: float) -> float:
+    """The yaw nearest `yaw` at which the hand, 0.21 m wide, reaches into the open side of the cabinet at `x`: an end
+    that would hit door or cabinet stays in front. The block turns between the closing fingers."""
+    left, right = opening(view, x)
+    low, high = HOME_YAW - SWING, HOME_YAW + SWING
+    if x + HALF_HAND > right - SLACK:
+        high = HOME_YAW - SWING if x + HALF_HAND > right + SLACK else HOME_YAW
+    if x - HALF_HAND < left + SLACK:
+        low = HOME_YAW + SWING if x - HALF_HAND < left - SLACK else HOME_YAW
+    return float(np.clip(yaw, low, max(low, high)))
+
+
+def opening(view: View, x: float) -> tuple[float, float]:
+    """The left and right end in metres of the gap between door and cabinet on the side where `x` is."""
+    return (-0.36, -0.1 - view.slide) if x < -0.1 else (0.18 - view.slide, 0.16)
 
 
 def uncover(view: View, x: float) -> Skill:
@@ -95,7 +104,9 @@ def pick_up(view: View, name: str) -> Skill:
     if inside:
         yield from uncover(view, float(block.position[0]))
         block = view.blocks[name]
-    yaw = grasp_yaw(view, block) + (swing(view, float(block.position[0])) if inside else 0.0)
+    yaw = grasp_yaw(view, block)
+    if inside:
+        yaw = cabinet_yaw(view, float(block.position[0]), yaw)
     yield from take(view, name, yaw, SHELF_TILT if inside else lean(block.position))
     up = shift(view.tool, 0.0, -0.08 if inside else 0.0, 0.1)
     yield from move(view, up, view.euler.copy(), CLOSED, speed=0.4, limit=40)

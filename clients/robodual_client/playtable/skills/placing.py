@@ -7,7 +7,7 @@ from typing import Callable
 
 import numpy as np
 
-from robodual_client.playtable.skills.grasping import SHELF_TILT, grasp_yaw, pick_up, swing, uncover
+from robodual_client.playtable.skills.grasping import SHELF_TILT, cabinet_yaw, grasp_yaw, pick_up, uncover
 from robodual_client.playtable.skills.motion import CLOSED, OPEN, Skill, hold, lean, move, retreat, shift, travel
 from robodual_client.playtable.view import DESK_EDGE, DRAWER_FLOOR, HOME_YAW, SHELF_TOP, TABLE_TOP, View, downward
 
@@ -89,7 +89,7 @@ def bring_into_slider(view: View, name: str) -> Skill:
     places = (-0.23, -0.2, -0.255, -0.18, -0.165) if left else (0.03, 0.0, 0.056, -0.02, -0.035)
     spot = free_spot(view, [np.array([x, depth]) for x in places], name)
     tilt = float(np.clip(level_tilt(view, name), PLACE_TILT, SHELF_TILT))
-    euler = downward(HOME_YAW + swing(view, float(spot[0])), tilt)
+    euler = downward(cabinet_yaw(view, float(spot[0]), HOME_YAW), tilt)
     front = spot - np.array([0.0, 0.13])
 
     yield from travel(view, over(view, name, front, SHELF_TOP + 0.1), euler, CLOSED)

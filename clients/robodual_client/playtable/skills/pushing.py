@@ -6,8 +6,21 @@ from typing import Callable
 
 import numpy as np
 
-from robodual_client.playtable.skills.motion import CABINET_EDGE, CLOSED, Goal, Skill, lean, move, shift, travel
-from robodual_client.playtable.view import HOME_YAW, View, downward
+from robodual_client.playtable.skills.grasping import grasp_yaw, take
+from robodual_client.playtable.skills.motion import (
+    CABINET_EDGE,
+    CLOSED,
+    OPEN,
+    Goal,
+    Skill,
+    hold,
+    lean,
+    move,
+    retreat,
+    shift,
+    travel,
+)
+from robodual_client.playtable.view import BUTTON, HOME_YAW, View, downward
 
 PUSH_HEIGHT = 0.462  # metres: fingertips a few millimetres above the desk
 HANDLE_TILT = 0.5  # radians: keeps the hand clear of the sliding door's handle
@@ -45,11 +58,25 @@ def push_to(view: View, name: str, goal: np.ndarray, enough: Callable[[np.ndarra
 
 def push(view: View, name: str, direction: int) -> Skill:
     """Pushes the block along x by more than 0.1 m: direction 1 to the right, -1 to the left."""
-    start = view.blocks[name].position[:2].copy()
+    block = view.blocks[name]
+    start = block.position[:2].copy()
+    end = start[0] + direction * (0.11 + block.reach(np.array([1.0, 0.0])))
+    if end < BUTTON[0] + 0.025 and start[0] > BUTTON[0] and abs(start[1] - BUTTON[1]) < 0.07:
+        yield from drag(view, name, np.array([start[0] - 0.125, -0.04]))
     away_from_button = 0.06 if direction < 0 and start[0] < 0.1 and start[1] < -0.04 else 0.0
     goal = start + np.array([direction * 0.2, away_from_button])
     while True:
         yield from push_to(view, name, goal, lambda spot: bool((spot[0] - start[0]) * direction > 0.106))
+
+
+def drag(view: View, name: str, spot: np.ndarray) -> Skill:
+    """Takes the block and slides it along the desk to `spot` [2], past the button, which is in a push's way."""
+    yield from take(view, name, grasp_yaw(view, view.blocks[name]))
+    tool, euler = view.tool.copy(), view.euler.copy()
+    for target in (np.array([tool[0], spot[1]]), spot):
+        yield from move(view, np.array([*target, tool[2]]), euler, CLOSED, speed=0.4)
+    yield from hold(view, OPEN, 6)
+    yield from retreat(view)
 
 
 def push_into_drawer(view: View) -> Skill:
