@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,14 @@ import pytest
 
 pytest.importorskip("pybullet")
 
+from tiny import SOURCE, SPECIALIST, data, settings
+
 from robodual.training.annotations import DatasetError, read_annotations
 from robodual.training.collect import Collection, collect
 from robodual.training.dataset import CalvinDataset
 from robodual.training.examination import examine
+from robodual.training.loop import Report
+from robodual.training.runs import train_specialist
 from robodual_client.calvin import tasks
 from robodual_client.playtable import PlayTable
 
@@ -101,3 +106,15 @@ def test_records_say_what_was_asked_and_what_was_achieved(collected: tuple[Path,
     for record in records:
         assert [span["task"] for span in record["spans"]] == record["tasks"][: len(record["spans"])]
         assert not record["spans"] or record["spans"][-1]["end"] == record["last"]
+
+
+@pytest.mark.slow
+def test_a_specialist_learns_from_the_collection(collected: tuple[Path, Collection], tmp_path: Path) -> None:
+    """An untrained one predicts no noise, so that its loss is 1."""
+    split, _ = collected
+    reports: list[Report] = []
+    values = settings(tmp_path / "run", 120, batch_size=8, learning_rate=3e-3, log_steps=20, warmup_steps=10)
+    options = replace(SPECIALIST, cache_conditioning=tmp_path / "cache")
+    train_specialist(SOURCE, data(split), options, values, report=reports.append)
+    assert [report.step for report in reports] == [20, 40, 60, 80, 100, 120]
+    assert reports[-1].loss < 0.35
