@@ -70,7 +70,8 @@ def machine(packages: Sequence[str]) -> dict[str, object]:
     cpu = platform.processor()
     information = Path("/proc/cpuinfo")
     if information.exists():
-        models = [line.partition(":")[2].strip() for line in information.open() if line.startswith("model name")]
+        lines = information.read_text().splitlines()
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         cpu = models[0] if models else cpu
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -110,7 +110,9 @@ def page(pair: Pair, service: str, path: str) -> str:
 @contextmanager
 def running(folder: Path, specialist: str, **settings: str) -> Iterator[Pair]:
     checkpoints = {"generalist": folder / "generalist", "specialist": folder / specialist}
-    with Pair(Options(device="cpu", checkpoints=checkpoints, settings=settings)) as pair:
+    # One thread each: more of them wait for one another while other tests keep the cores busy.
+    environment = {"OMP_NUM_THREADS": "1", **settings}
+    with Pair(Options(device="cpu", checkpoints=checkpoints, settings=environment)) as pair:
         yield pair
 
 
