@@ -13,9 +13,11 @@ import pytest
 pytest.importorskip("pybullet")
 
 from tiny import SOURCE, SPECIALIST, data, settings
+from typer.testing import CliRunner
 
 from robodual.training.annotations import DatasetError, read_annotations
 from robodual.training.collect import Collection, collect
+from robodual.training.data_cli import data as data_command
 from robodual.training.dataset import CalvinDataset
 from robodual.training.examination import examine
 from robodual.training.loop import Report
@@ -88,6 +90,17 @@ def test_an_interrupted_collection_goes_on_to_the_same_files(
     collect(split, 2, seed=SEED, chain=1, workers=1)
     assert digests(split) == whole
     assert {path: path.stat().st_mtime_ns for path in times} == times  # the finished one was not done again
+
+
+def test_the_command_says_what_is_there(collected: tuple[Path, Collection]) -> None:
+    split, found = collected
+    arguments = ["collect", str(split), "--demonstrations", "2", "--seed", str(SEED), "--chain", "1"]
+    result = CliRunner().invoke(data_command, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"2 demonstrations, {found.steps} steps" in " ".join(result.output.split())
+    refused = CliRunner().invoke(data_command, [*arguments, "--noise", "0.5"])
+    assert refused.exit_code == 1
+    assert "give the same to go on, or another folder" in " ".join(refused.stderr.split())
 
 
 def test_another_seed_in_the_same_folder_is_refused(collected: tuple[Path, Collection]) -> None:

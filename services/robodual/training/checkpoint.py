@@ -21,7 +21,6 @@ from robodual.facts import CheckpointError
 from robodual.training.average import Average
 
 STATE = "state.safetensors"
-WEIGHTS = "weights"  # folder or file stem, written by the learner's `export`
 _NAME = re.compile(r"step-(\d{8})")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated
@@ -83,6 +84,8 @@ def collect(
     annotations: Annotated[Path | None, typer.Option(help="JSON: task to instructions to draw from.")] = None,
 ) -> None:
     """Writes demonstrations of the scripted expert on the play table; started again, it goes on where it was."""
+    if importlib.util.find_spec("pybullet") is None:
+        raise fail(DatasetError("collecting needs the simulator: pip install 'robodual-client[sim]'"))
     from robodual.training import collect as collecting
     from robodual.training.dataset import read_enriched
 
