@@ -11,10 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from robodual.facts import CheckpointError
-from robodual.training.annotations import DatasetError
 from robodual.training.data_cli import fail
-from robodual.training.object_array import ObjectArrayError
 
 train = typer.Typer(help="Trains the generalist or the specialist (docs/training.md).", no_args_is_help=True)
 console = Console()
@@ -179,7 +176,7 @@ def _run(output: Path, max_steps: int, training: Callable[..., int], *, caching:
                 steps = training(report=display, **callbacks)
         else:
             steps = training()
-    except (CheckpointError, DatasetError, ObjectArrayError, ValueError) as error:
+    except ValueError as error:  # of settings, data (DatasetError) and checkpoints (CheckpointError)
         raise fail(error) from None
     if leads:
         done = "trained" if steps == max_steps else "stopped"
