@@ -90,7 +90,7 @@ class Expert:
         if not self._started:
             self._skill, self._started = self._begin(), True
         goal = next(self._skill, None)
-        if goal is None:  # done, and the oracle has not said so: rest above the table, or try again
+        if goal is None:  # done, and nobody has said so: rest above the table, then try again
             self._skill = self._rest()
             goal = next(self._skill)
         return self._servo(goal)
@@ -105,7 +105,6 @@ class Expert:
         yield from retreat(self._view)
         yield from hold(self._view, gripper, 10)
         yield from SKILLS[self._task](self._view)
-        yield from hold(self._view, gripper, 1)
 
     def _servo(self, goal: Goal) -> np.ndarray:
         self._account()
