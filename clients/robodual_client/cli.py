@@ -96,6 +96,8 @@ def _doctor(given: argparse.Namespace) -> None:
 
 def _show(results: Results, folder: Path, *, report: bool) -> None:
     print(results.table())
+    if results.protocol.get("pace"):
+        print(results.lateness())
     print(f"results: {folder / RESULTS}")
     if report:
         try:

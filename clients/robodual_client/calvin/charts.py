@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Mapping, Sequence
 
 from robodual_client.calvin.histogram import Histogram
@@ -14,25 +15,61 @@ _INNER_WIDTH, _INNER_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
 def chain_curve(rates: Sequence[float], intervals: Sequence[tuple[float, float]]) -> str:
     """Share of chains (0 to 1) that solved at least 1, 2, ... tasks, with a band for each share's interval."""
+    places = [((index + 0.5) / len(rates), f"{index + 1}/{len(rates)}") for index in range(len(rates))]
+    label = "Share of chains that solved at least so many tasks in a row"
+    return _curve(places, rates, intervals, _PERCENT, label)
 
-    def x(index: int) -> float:
-        return _LEFT + _INNER_WIDTH * (index + 0.5) / len(rates)
 
-    def y(rate: float) -> float:
-        return _TOP + _INNER_HEIGHT * (1 - rate)
+def delay_curve(
+    delays: Sequence[int], values: Sequence[float], intervals: Sequence[tuple[float, float]], most: int, label: str
+) -> str:
+    """A figure of 0 to `most` (1: a share) against the delay in control steps, with a band for its interval."""
+    widest = max(1, *delays)
+    places = [(0.05 + 0.9 * delay / widest, str(delay)) for delay in delays]
+    return _curve(places, values, intervals, _PERCENT if most == 1 else _Scale(most, 1, 2, ""), label)
 
-    parts = [_rule(y(level / 4), f"{level * 25}%") for level in range(5)]
-    upper = [f"{x(index):.1f},{y(high):.1f}" for index, (_, high) in enumerate(intervals)]
-    lower = [f"{x(index):.1f},{y(low):.1f}" for index, (low, _) in enumerate(intervals)]
+
+@dataclass(frozen=True)
+class _Scale:
+    most: int
+    factor: int
+    digits: int
+    unit: str
+
+    def ticks(self) -> list[tuple[float, str]]:
+        count = 4 if self.most == 1 else self.most
+        levels = [self.most * level / count for level in range(count + 1)]
+        return [(level, f"{level * self.factor:g}{self.unit}") for level in levels]
+
+
+_PERCENT = _Scale(1, 100, 1, "%")
+
+
+def _curve(
+    places: Sequence[tuple[float, str]],
+    values: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    scale: _Scale,
+    label: str,
+) -> str:
+    """`places`: where each value stands, 0 to 1, and what is written under it."""
+    xs = [_LEFT + _INNER_WIDTH * place for place, _ in places]
+
+    def y(value: float) -> float:
+        return _TOP + _INNER_HEIGHT * (1 - value / scale.most)
+
+    parts = [_rule(y(level), text) for level, text in scale.ticks()]
+    upper = [f"{x:.1f},{y(high):.1f}" for x, (_, high) in zip(xs, intervals)]
+    lower = [f"{x:.1f},{y(low):.1f}" for x, (low, _) in zip(xs, intervals)]
     parts.append(f'<polygon class="band" points="{" ".join([*upper, *reversed(lower)])}"/>')
-    line = " ".join(f"{x(index):.1f},{y(rate):.1f}" for index, rate in enumerate(rates))
+    line = " ".join(f"{x:.1f},{y(value):.1f}" for x, value in zip(xs, values))
     parts.append(f'<polyline class="line" points="{line}"/>')
-    for index, rate in enumerate(rates):
-        parts.append(f'<circle class="dot" cx="{x(index):.1f}" cy="{y(rate):.1f}" r="4.5"/>')
-        above = y(rate) - 11 if rate < 0.93 else y(rate) + 20
-        parts.append(_text(x(index), above, f"{rate * 100:.1f}", "value"))
-        parts.append(_text(x(index), _HEIGHT - 10, f"{index + 1}/{len(rates)}", "tick"))
-    return _svg(parts, "Share of chains that solved at least so many tasks in a row")
+    for x, (_, text), value in zip(xs, places, values):
+        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y(value):.1f}" r="4.5"/>')
+        above = y(value) - 11 if value < 0.93 * scale.most else y(value) + 20
+        parts.append(_text(x, above, f"{value * scale.factor:.{scale.digits}f}", "value"))
+        parts.append(_text(x, _HEIGHT - 10, text, "tick"))
+    return _svg(parts, label)
 
 
 def durations(histogram: Histogram, label: str) -> str:
@@ -55,8 +92,8 @@ def durations(histogram: Histogram, label: str) -> str:
     return _svg(parts, label)
 
 
-def ages(counts: Mapping[int, int]) -> str:
-    """How many steps were answered with a conditioning of each age, in steps."""
+def ages(counts: Mapping[int, int], label: str) -> str:
+    """How many steps had a conditioning, or an action, of each age in steps."""
     oldest = max(counts)
     width = max(1, math.ceil((oldest + 1) / 48))
     bins = [sum(counts.get(age, 0) for age in range(first, first + width)) for first in range(0, oldest + 1, width)]
@@ -65,7 +102,7 @@ def ages(counts: Mapping[int, int]) -> str:
     for index in range(0, len(bins), every):
         x = _LEFT + _INNER_WIDTH * (index + 0.5) / len(bins)
         parts.append(_text(x, _HEIGHT - 10, str(index * width), "tick"))
-    return _svg(parts, "Age of the conditioning, in control steps")
+    return _svg(parts, label)
 
 
 def _columns(heights: Sequence[int]) -> list[str]:

@@ -26,7 +26,8 @@ def estimate(options: Options) -> str:
     if not todo:
         return f"nothing is left to run: {len(done)} sequences are done in {options.out}"
     with tempfile.TemporaryDirectory() as folder:
-        piece = replace(options, out=Path(folder), numbers=(todo[0],), ep_len=PIECE, workers=1, resume=False)
+        steps = max(PIECE, options.delay_steps + 1)
+        piece = replace(options, out=Path(folder), numbers=(todo[0],), ep_len=steps, workers=1, resume=False)
         record = evaluate(piece, Silent()).sequences[todo[0]]
     step = record.seconds / sum(record.steps)
     least, most = len(todo) * options.ep_len, len(todo) * options.ep_len * CHAIN

@@ -16,6 +16,7 @@ from robodual_client.calvin.options import (
     parse_numbers,
     shard,
 )
+from robodual_client.calvin.pace import HOLD
 from robodual_client.calvin.rollout import EPISODE_STEPS
 from robodual_client.calvin.sequences import published
 
@@ -39,6 +40,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--annotations", type=Path, default=VALIDATION, metavar="FILE", help="JSON: task -> sentences")
 
     add_services(parser.add_argument_group("services (--policy services; a token is read from ROBODUAL_TOKEN)"))
+
+    pace = parser.add_argument_group("pace (lock-step: the simulator waits for each answer)")
+    clock = pace.add_mutually_exclusive_group()
+    clock.add_argument(
+        "--realtime", type=float, metavar="HZ", help="control steps a second of wall time, answer or not"
+    )
+    clock.add_argument("--delay-steps", type=int, default=0, metavar="N", help="execute actions N steps late (0)")
+    pace.add_argument(
+        "--hold", choices=HOLD, default="repeat", help="what the arm does while an answer is late (repeat)"
+    )
+    pace.add_argument(
+        "--inject-delay", default="", metavar="generalist=MS,specialist=MS", help="add latency on purpose, milliseconds"
+    )
 
     simulator = parser.add_argument_group("simulator")
     simulator.add_argument("--workers", type=int, default=1, metavar="N", help="simulator processes (1)")
@@ -93,7 +107,23 @@ def options(given: argparse.Namespace) -> Options:
         seed=given.seed,
         ep_len=given.ep_len,
         annotations=given.annotations,
+        realtime=given.realtime,
+        delay_steps=given.delay_steps,
+        hold=given.hold,
+        inject_delay=_latency(given.inject_delay),
         workers=given.workers,
         video=given.video,
         resume=given.resume,
     )
+
+
+def _latency(text: str) -> dict[str, float]:
+    """Milliseconds of "generalist=300,specialist=20". Raises EvaluationError naming the part that is wrong."""
+    latency = {}
+    for part in filter(None, text.split(",")):
+        name, _, milliseconds = part.partition("=")
+        try:
+            latency[name.strip()] = float(milliseconds)
+        except ValueError:
+            raise EvaluationError(f"inject_delay: {part!r} must be generalist=MS or specialist=MS") from None
+    return latency

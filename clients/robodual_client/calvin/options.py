@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from robodual_client.calvin.annotations import VALIDATION, load
+from robodual_client.calvin.pace import HOLD
 from robodual_client.calvin.rollout import EPISODE_STEPS
 from robodual_client.calvin.sequences import published
 from robodual_client.errors import RoboDualError
@@ -22,6 +23,7 @@ POLICIES = {
     "random": "robodual_client.calvin.policies:random",
     "zero": "robodual_client.calvin.policies:zero",
 }
+SERVICES = ("generalist", "specialist")
 VIDEO = ("none", "failures", "all")
 
 
@@ -35,6 +37,10 @@ class Options:
 
     `env` and `policy` are a name of ENVIRONMENTS or POLICIES, or `module:callable` of your own. An environment is
     called with `env_options`; a policy with (env, seed) and `policy_options`, once a sequence.
+
+    The policy is waited for (lock-step) unless `realtime`, in control steps a second of wall time, or `delay_steps`
+    says otherwise; `hold` is what the arm does meanwhile. `inject_delay` is latency added on purpose, in milliseconds:
+    of the "generalist" (policy "services" alone) and of the "specialist", or of whatever else gives the actions.
     """
 
     out: Path
@@ -46,6 +52,10 @@ class Options:
     seed: int = 0
     ep_len: int = EPISODE_STEPS
     annotations: Path = VALIDATION
+    realtime: float | None = None
+    delay_steps: int = 0
+    hold: str = "repeat"
+    inject_delay: Mapping[str, float] = field(default_factory=dict)
     workers: int = 1
     video: str = "none"
     resume: bool = False
@@ -65,9 +75,38 @@ class Options:
             raise EvaluationError(f"seed: must lie in 0..2^32-1, got {self.seed}")
         if self.video not in VIDEO:
             raise EvaluationError(f"video: must be one of {', '.join(VIDEO)}, got {self.video!r}")
+        self._check_pace()
         for name, value, known in (("env", self.env, ENVIRONMENTS), ("policy", self.policy, POLICIES)):
             if value not in known and ":" not in value:
                 raise EvaluationError(f"{name}: must be {', '.join(known)} or module:callable, got {value!r}")
+
+    def _check_pace(self) -> None:
+        if self.realtime is not None and not 0 < self.realtime <= 1000:
+            raise EvaluationError(
+                f"realtime: must be over 0 and up to 1000 control steps a second, got {self.realtime:g}"
+            )
+        if not 0 <= self.delay_steps < self.ep_len:
+            raise EvaluationError(f"delay_steps: must be 0 to {self.ep_len - 1}, under ep_len, got {self.delay_steps}")
+        if self.realtime is not None and self.delay_steps:
+            raise EvaluationError("delay_steps: is for the simulated clock; with realtime, give inject_delay instead")
+        if self.hold not in HOLD:
+            raise EvaluationError(f"hold: must be {' or '.join(HOLD)}, got {self.hold!r}")
+        for name, milliseconds in self.inject_delay.items():
+            if name not in SERVICES or not 0 <= milliseconds <= 60_000:
+                wanted = "generalist=MS or specialist=MS with 0 to 60000 milliseconds"
+                raise EvaluationError(f"inject_delay: must be {wanted}, got {name}={milliseconds:g}")
+        if self.inject_delay.get("generalist") and self.policy != "services":
+            raise EvaluationError(f"inject_delay: policy {self.policy!r} has no generalist; give specialist=MS")
+
+    def pace(self) -> dict[str, Any] | None:
+        """How answers meet the simulator's clock, as `pace.choose` takes it."""
+        if self.realtime is not None:
+            return {"realtime": self.realtime, "hold": self.hold}
+        return {"delay_steps": self.delay_steps, "hold": self.hold} if self.delay_steps else None
+
+    def latency(self) -> dict[str, float]:
+        """`inject_delay`, of whom it is over zero."""
+        return {name: float(self.inject_delay[name]) for name in SERVICES if self.inject_delay.get(name)}
 
     def factories(self) -> tuple[str, str]:
         """`module:callable` of the environment and of the policy."""
@@ -95,6 +134,8 @@ class Options:
             "policy_options": _what(self.policy_options),
             "seed": self.seed,
             "ep_len": self.ep_len,
+            "pace": self.pace(),
+            "inject_delay": self.latency() or None,
             "annotations": hashlib.sha256(self.annotations.read_bytes()).hexdigest()[:16],
         }
 

@@ -8,7 +8,7 @@ from typing import Any, Mapping
 import numpy as np
 
 from robodual_client import DualSystemClient, Tls
-from robodual_client.calvin.rollout import Environment, Observation, Policy
+from robodual_client.calvin.roles import Environment, Observation, Policy
 
 
 class Zero:

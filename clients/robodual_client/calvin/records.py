@@ -29,6 +29,12 @@ class Record:
     # How many steps were answered with a conditioning of that age, in steps.
     ages: dict[int, int] = field(default_factory=dict)
     degraded: int = 0
+    # How many steps executed an action that had been made of the observation so many steps before.
+    action_ages: dict[int, int] = field(default_factory=dict)
+    # Steps for which no new action had come, steps that the simulator was too slow for, and by how many seconds in all.
+    held: int = 0
+    overruns: int = 0
+    late: float = 0.0
     video: str | None = None
 
     def outcome(self) -> tuple[int, tuple[str, ...], int]:
@@ -45,6 +51,10 @@ class Record:
             "milliseconds": {name: histogram.to_json() for name, histogram in self.milliseconds.items()},
             "ages": {str(age): self.ages[age] for age in sorted(self.ages)},
             "degraded": self.degraded,
+            "action_ages": {str(age): self.action_ages[age] for age in sorted(self.action_ages)},
+            "held": self.held,
+            "overruns": self.overruns,
+            "late": round(self.late, 3),
             "video": self.video,
         }
 
@@ -60,6 +70,10 @@ class Record:
             milliseconds={name: Histogram.from_json(counts) for name, counts in row["milliseconds"].items()},
             ages={int(age): int(count) for age, count in row["ages"].items()},
             degraded=int(row["degraded"]),
+            action_ages={int(age): int(count) for age, count in row["action_ages"].items()},
+            held=int(row["held"]),
+            overruns=int(row["overruns"]),
+            late=float(row["late"]),
             video=row["video"],
         )
 

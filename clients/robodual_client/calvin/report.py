@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
 import jinja2
 from markupsafe import Markup
 
 from robodual_client.calvin import charts
+from robodual_client.calvin.pace import describe
 from robodual_client.calvin.records import Record
 from robodual_client.calvin.results import REPORT, Results
 from robodual_client.calvin.statistics import bootstrap, wilson
 
-_TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _DURATIONS = {
     "act": ("Specialist round trip", "Act, from request to action, as the client sees it"),
     "condition": ("Generalist round trip", "Condition, from frame to stored conditioning"),
@@ -26,11 +26,19 @@ def write(results: Results, folder: Path) -> Path:
     """Writes report.html into the run's folder and returns its path. Raises ValueError for a run without sequences."""
     if not results.sequences:
         raise ValueError("a report needs at least one finished sequence")
-    strict = jinja2.StrictUndefined
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict)
-    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(_page(results))
-    path = folder / REPORT
-    path.write_text(page, encoding="utf-8")
+    return render("report.html.jinja", _page(results), folder / REPORT)
+
+
+def render(template: str, values: Mapping[str, Any], path: Path) -> Path:
+    """Writes a page of this folder's `template` to `path`, and returns it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    path.write_text(environment.get_template(template).render(values), encoding="utf-8")
     return path
 
 
@@ -49,9 +57,14 @@ def _page(results: Results) -> dict[str, Any]:
         "curve": Markup(charts.chain_curve(results.chain_rates(), intervals)),
         "tasks": _tasks(results),
         "durations": _durations(results),
-        "ages": Markup(charts.ages(results.ages())) if results.ages() else "",
+        "ages": _ages(results.ages(), "Age of the conditioning, in control steps"),
+        "pace": describe(results.protocol.get("pace")),
+        "action_ages": _ages(results.action_ages(), "Age of the actions, in control steps"),
+        "held": results.held / max(1, results.steps),
+        "overrun": results.overruns / max(1, results.steps),
+        "rate": results.rate,
         "degraded": sum(record.degraded for record in results.sequences.values()),
-        "steps": sum(sum(record.steps) for record in results.sequences.values()),
+        "steps": results.steps,
         "hours": sum(record.seconds for record in results.sequences.values()) / 3600,
         "sequences": [_sequence(record) for record in order],
         "failed": sum(record.solved < len(record.tasks) for record in order),
@@ -59,6 +72,10 @@ def _page(results: Results) -> dict[str, Any]:
         "last": last,
         "starts": len(results.provenance),
     }
+
+
+def _ages(counts: Mapping[int, int], label: str) -> str:
+    return Markup(charts.ages(counts, label)) if counts else ""
 
 
 def _tasks(results: Results) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any, Iterable, Mapping
 from robodual_client.calvin import records
 from robodual_client.calvin.histogram import Histogram
 from robodual_client.calvin.options import EvaluationError
+from robodual_client.calvin.pace import describe
 from robodual_client.calvin.records import DURATIONS, Record
 from robodual_client.calvin.sequences import CHAIN
 from robodual_client.calvin.tasks import TASKS
@@ -62,11 +63,46 @@ class Results:
         return Histogram.merged(histogram for histogram in kept if histogram is not None)
 
     def ages(self) -> dict[int, int]:
-        """How many steps were answered with a conditioning of each age."""
-        total: Counter[int] = Counter()
-        for record in self.sequences.values():
-            total.update(record.ages)
-        return {age: total[age] for age in sorted(total)}
+        """How many steps were executed with a conditioning of each age."""
+        return _total(record.ages for record in self.sequences.values())
+
+    def action_ages(self) -> dict[int, int]:
+        """How many steps executed an action of each age: steps since the observation that it was made of."""
+        return _total(record.action_ages for record in self.sequences.values())
+
+    @property
+    def steps(self) -> int:
+        return sum(sum(record.steps) for record in self.sequences.values())
+
+    @property
+    def held(self) -> int:
+        """Steps for which no new action had come."""
+        return sum(record.held for record in self.sequences.values())
+
+    @property
+    def overruns(self) -> int:
+        """Steps that took the simulator longer than real time allows."""
+        return sum(record.overruns for record in self.sequences.values())
+
+    @property
+    def rate(self) -> float | None:
+        """Control steps a second that a run in real time reached; None for the simulated clock."""
+        pace = self.protocol.get("pace") or {}
+        if "realtime" not in pace or not self.steps:
+            return None
+        late = sum(record.late for record in self.sequences.values())
+        return self.steps / (self.steps / float(pace["realtime"]) + late)
+
+    def lateness(self) -> str:
+        """How far answers came late, in one line."""
+        ages = self.action_ages()
+        steps = max(1, self.steps)
+        said = f"{describe(self.protocol.get('pace'))}: {self.held / steps:.1%} of steps without a new action"
+        if ages:
+            said += f", actions {_quantile(ages, 0.5)} steps old (p50), {_quantile(ages, 0.99)} (p99)"
+        if self.rate is not None:
+            said += f"; the simulator was behind in {self.overruns / steps:.1%} of steps and made {self.rate:.1f} Hz"
+        return said
 
     def to_json(self) -> dict[str, Any]:
         """The published results format (avg_seq_len, chain_sr, task_info) and what belongs to it."""
@@ -85,6 +121,11 @@ class Results:
             "milliseconds": quantiles,
             "conditioning_ages": {str(age): count for age, count in self.ages().items()},
             "degraded_steps": sum(record.degraded for record in self.sequences.values()),
+            "steps": self.steps,
+            "held_steps": self.held,
+            "action_ages": {str(age): count for age, count in self.action_ages().items()},
+            "overruns": self.overruns,
+            "rate": self.rate,
             "protocol": dict(self.protocol),
             "provenance": self.provenance,
         }
@@ -100,6 +141,22 @@ class Results:
     def save(self, folder: Path) -> None:
         """Writes results.json, whole or not at all."""
         write_json(folder / RESULTS, self.to_json())
+
+
+def _total(counts: Iterable[Mapping[int, int]]) -> dict[int, int]:
+    total: Counter[int] = Counter()
+    for each in counts:
+        total.update(each)
+    return {key: total[key] for key in sorted(total)}
+
+
+def _quantile(counts: Mapping[int, int], q: float) -> int:
+    rank, seen = q * sum(counts.values()), 0
+    for value in sorted(counts):
+        seen += counts[value]
+        if seen >= rank:
+            break
+    return value
 
 
 def load(folder: Path) -> Results:

@@ -10,7 +10,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from robodual_client.calvin.rollout import Observation
+from robodual_client.calvin.roles import Observation
 
 RATE = 30  # frames a second, CALVIN's control rate
 PANEL, CAPTION = 320, 68

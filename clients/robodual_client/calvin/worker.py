@@ -19,7 +19,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, TextIO
 
-from robodual_client.calvin.rollout import Environment, Policy, run_sequence
+from robodual_client.calvin import pace
+from robodual_client.calvin.records import Record
+from robodual_client.calvin.roles import Environment, Policy, Watcher
+from robodual_client.calvin.rollout import run_sequence
 from robodual_client.calvin.sequences import published
 
 
@@ -62,14 +65,20 @@ def _run(job: dict[str, Any], env: Environment, make_policy: Callable[..., Polic
     """One sequence with a policy of its own, whose seed depends on the run's seed and the sequence's number alone."""
     sequence = published()[number]
     policy = make_policy(env, (job["seed"] << 16) + number, **job["policy_options"])
+    chosen = pace.choose(job["pace"], job["answer_delay"])
+
+    def record_of(watcher: Watcher | None) -> Record:
+        instructions, ep_len = job["instructions"], job["ep_len"]
+        return run_sequence(env, policy, sequence, instructions, ep_len=ep_len, watcher=watcher, pace=chosen)
+
     try:
         if job["video"] == "none":
-            return run_sequence(env, policy, sequence, job["instructions"], ep_len=job["ep_len"]).to_json()
+            return record_of(None).to_json()
         from robodual_client.calvin.video import Video  # Pillow and ffmpeg come with the extra `report`
 
         path = Path(job["out"]) / "videos" / f"{number:04d}.mp4"
         with Video(path, len(sequence.tasks), job["ep_len"]) as video:
-            record = run_sequence(env, policy, sequence, job["instructions"], ep_len=job["ep_len"], watcher=video)
+            record = record_of(video)
         if job["video"] == "failures" and record.solved == len(record.tasks):
             path.unlink()
             path.with_suffix(".jpg").unlink()

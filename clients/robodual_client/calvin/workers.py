@@ -53,7 +53,8 @@ class Workers:
             "env": env,
             "env_options": options.simulator(),
             "policy": policy,
-            "policy_options": dict(options.policy_options),
+            **_policy_options(options),
+            "pace": options.pace(),
             "instructions": instructions,
             "seed": options.seed,
             "ep_len": options.ep_len,
@@ -208,6 +209,14 @@ class _Worker(threading.Thread):
             process.stdin.close()
         _wait(process)
         process.stdout.close()
+
+
+def _policy_options(options: Options) -> dict[str, Any]:
+    """With the added latency in seconds: the client adds that of services, the pace that of any other policy."""
+    latency = {name: milliseconds / 1e3 for name, milliseconds in options.latency().items()}
+    if options.policy != "services":
+        return {"policy_options": dict(options.policy_options), "answer_delay": latency.get("specialist", 0.0)}
+    return {"policy_options": {**options.policy_options, "latency": latency}, "answer_delay": 0.0}
 
 
 def _wait(process: subprocess.Popen[str]) -> int:
