@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -41,6 +42,8 @@ def quantise(model: Generalist, weights: Iterable[str], mode: str, device: torch
     """
     import bitsandbytes
 
+    # int8 computes in float16, and says so at every call of every layer.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for weight in weights:
         path = weight.removesuffix(".weight")
         old = model.get_submodule(path)
@@ -51,10 +54,10 @@ def quantise(model: Generalist, weights: Iterable[str], mode: str, device: torch
                 new = bitsandbytes.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=6.0)
             else:
                 new = bitsandbytes.nn.Linear4bit(*shape, bias=False, compute_dtype=model.dtype, quant_type="nf4")
-        # Moving such a parameter to CUDA is what quantises it.
         if mode == "int8":
             whole = bitsandbytes.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False)
         else:
             whole = bitsandbytes.nn.Params4bit(values, requires_grad=False, quant_type="nf4")
+        # Moving such a parameter to the device is what quantises it.
         new.weight = whole.to(device)
         model.set_submodule(path, new.eval())

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import structlog
+import torch
 from numpy.typing import NDArray
 
 from robodual.conditioning.record import Conditioning, Version
@@ -129,17 +130,23 @@ def run(settings: GeneralistSettings) -> None:
 
 
 def _load(settings: GeneralistSettings) -> GeneralistEngine:
-    return load_generalist(
-        settings.profile,
-        checkpoint=settings.checkpoint,
-        adapters=settings.adapters,
-        device=settings.device,
-        dtype=settings.dtype,
-        seed=settings.seed,
-        attention=settings.attention,
-        quantisation=settings.quantisation,
-        constrained=settings.constrained,
-    )
+    try:
+        return load_generalist(
+            settings.profile,
+            checkpoint=settings.checkpoint,
+            adapters=settings.adapters,
+            device=settings.device,
+            dtype=settings.dtype,
+            seed=settings.seed,
+            attention=settings.attention,
+            quantisation=settings.quantisation,
+            constrained=settings.constrained,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"device: {settings.device} has no room for these weights with quantisation {settings.quantisation}; "
+            "choose int8 or nf4, or a device with more memory"
+        ) from error
 
 
 async def _watch(store: Store, readiness: Readiness, metrics: Metrics) -> None:
