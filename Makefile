@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml clients/pyproject.toml clients/setup.py $(wildcard prot
 	@echo "==> PyTorch ($(TORCH)$(if $(TORCH_INDEX), from TORCH_INDEX))"
 	@$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@echo "==> robodual-client, robodual and their dependencies; the wire format is compiled from protos/"
-	@$(BIN)/python -m pip install -q -e "./clients[report,sim]" -e ".[$(EXTRAS)]"
+	@$(BIN)/python -m pip install -q -e "./clients[report,sim,calvin]" -e ".[$(EXTRAS)]"
 	@touch $(STAMP)
 	@echo "==> ready: $(BIN)/robodual --help"
 

@@ -20,11 +20,15 @@ from rich.table import Table
 
 from robodual import checkpoints_cli
 from robodual.pair import Options, Pair, PairError
+from robodual.training.data_cli import data
+from robodual.training.train_cli import train
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 serve = typer.Typer(help="Runs one service until it is told to stop.", no_args_is_help=True)
 app.add_typer(serve, name="serve")
 app.add_typer(checkpoints_cli.app)
+app.add_typer(train, name="train")
+app.add_typer(data, name="data")
 console = Console()
 stderr = Console(stderr=True)
 
@@ -157,7 +161,7 @@ def _writer(file: TextIO) -> Callable[[str, str], None]:
 @contextmanager
 def _pair(options: Options, log: Callable[[str, str], None]) -> Iterator[Pair]:
     """A started pair, stopped on any exit: the end of the block, an error, Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     pair = Pair(options, log)
     try:
         with console.status(f"starting Redis, generalist and specialist ({options.profile})"):

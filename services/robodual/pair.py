@@ -115,7 +115,9 @@ class Pair:
         if name in self.options.checkpoints:
             command += ["--checkpoint", str(self.options.checkpoints[name])]
         # The URL may hold a password: it travels in the environment, which other users cannot list.
-        environment = {**os.environ, **self.options.settings, "ROBODUAL_REDIS_URL": self.redis_url}
+        # Two services that each spread over every core make each other's threads wait, at several times the cost.
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(SERVICES)))}
+        environment = {**threads, **os.environ, **self.options.settings, "ROBODUAL_REDIS_URL": self.redis_url}
         process = subprocess.Popen(
             command,
             env=environment,

@@ -75,10 +75,11 @@ def test_each_process_answers_over_http(pair: Pair) -> None:
             assert b"robodual" in answer.read(), name
 
 
-def test_up_stops_everything_on_ctrl_c(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_stops_everything_on_ctrl_c_and_on_termination(tmp_path: Path, number: signal.Signals) -> None:
     process, children = _up(tmp_path)
 
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
 
     assert process.wait(timeout=30) == 130
     _assert_gone(children)
