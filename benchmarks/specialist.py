@@ -12,9 +12,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from benchmarks import measurement
 
@@ -57,6 +60,11 @@ def steps(engine: SpecialistEngine, context_length: int) -> tuple[Callable[[], t
     return plain, request
 
 
+def chunk(engine: SpecialistEngine, requests: Sequence[Request]) -> npt.NDArray[np.float32]:
+    """The first request's chunk [8, 7]."""
+    return engine.act(requests)[0].chunk
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns 1 if `--compare` finds a regression."""
     parser = argparse.ArgumentParser(prog="benchmarks.specialist", description=__doc__.splitlines()[0])
@@ -67,21 +75,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--context-length", type=int, default=90, help="the generalist's tokens")
     parser.add_argument("--batch", type=int, default=1, help="requests in the engine's batch, timed as one row")
+    parser.add_argument("--diffusion-steps", type=int, nargs="*", default=[], help="also time the engine with fewer")
+    parser.add_argument("--bfloat16", action="store_true", help="also time the engine in bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="where to write the record")
     parser.add_argument("--compare", type=Path, help="an earlier record, to flag ratios that have fallen")
     options = parser.parse_args(argv)
 
     torch.set_num_threads(options.threads)
-    engine = load_specialist(options.profile, checkpoint=options.checkpoint, device=options.device, dtype=options.dtype)
+
+    def load(**changes: Any) -> SpecialistEngine:
+        arguments = {"checkpoint": options.checkpoint, "device": options.device, "dtype": options.dtype, **changes}
+        return load_specialist(options.profile, **arguments)
+
+    engine = load()
     plain, request = steps(engine, options.context_length)
-    difference = float(np.abs(engine.act([request])[0].chunk - plain().numpy()).max())
-    contenders: dict[str, Callable[[], object]] = {
+    contenders: dict[str, Callable[[], Any]] = {
         "plain published path": plain,
-        "engine": lambda: engine.act([request]),
+        "engine": partial(chunk, engine, [request]),
     }
+    # Not the same answers: each row's difference says how far off.
+    for count in options.diffusion_steps:
+        contenders[f"engine, {count} diffusion steps"] = partial(chunk, load(diffusion_steps=count), [request])
+    if options.bfloat16:
+        narrow = load(dtype="bfloat16")
+        _, narrowed = steps(narrow, options.context_length)
+        contenders["engine, bfloat16"] = partial(chunk, narrow, [narrowed])
     if options.batch > 1:
-        contenders[f"engine, batch of {options.batch}"] = lambda: engine.act([request] * options.batch)
+        contenders[f"engine, batch of {options.batch}"] = partial(chunk, engine, [request] * options.batch)
+    exact = np.asarray(plain())
+    differences = {name: float(np.abs(np.asarray(run()) - exact).max()) for name, run in contenders.items()}
     rows = measurement.interleave(contenders, options.rounds)
 
     facts = {
@@ -91,11 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "threads": options.threads,
         "rounds": options.rounds,
         "context_length": options.context_length,
-        "largest_difference": difference,
+        "largest_differences": differences,
         "machine": measurement.machine(PACKAGES),
     }
     title = f"specialist {options.profile}, {engine.facts.device}, {engine.facts.dtype}, {options.threads} threads"
-    measurement.show(title, rows, [f"largest difference between the two chunks: {difference:.1e}"])
+    notes = [f"{name}: {value:.1e} from the plain chunk at most" for name, value in differences.items() if value]
+    measurement.show(title, rows, notes)
     if options.json:
         measurement.write(options.json, "specialist", rows, **facts)
     fallen = measurement.regressions(options.compare, rows) if options.compare else []

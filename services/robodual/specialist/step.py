@@ -6,15 +6,21 @@ and values for all blocks, and nothing of the previous frame, whose latents are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from robodual.specialist.encoder import Encoder
+from robodual.specialist.latents import ColourLatents, MapLatents
 from robodual.specialist.policy import Policy, needed
 from robodual.specialist.sampler import Sampler
+
+M = TypeVar("M")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,47 +44,53 @@ class Step:
     """Runs steps with a policy's weights, which are laid out once: later changes of the policy are not followed."""
 
     def __init__(self, policy: Policy) -> None:
-        self._model = policy.model
-        self._vision_encoder = Encoder(policy.vision_encoder)
-        self._depth_encoder = Encoder(policy.depth_encoder) if policy.depth_encoder is not None else None
-        self._tactile_encoder = Encoder(policy.tactile_encoder) if policy.tactile_encoder is not None else None
-        self._sampler = Sampler(policy.model, policy.config)
+        model = policy.model
+        self._see = Encoder(policy.vision_encoder)
+        self._colour = ColourLatents(model.visual_adapter)
+        self._gripper_colour = _made(ColourLatents, model.gripper_visual_adapter)
+        self._feel = _made(Encoder, policy.depth_encoder)
+        self._depth = _made(MapLatents, model.depth_adapter)
+        self._gripper_depth = _made(MapLatents, model.gripper_depth_adapter)
+        self._touch = _made(Encoder, policy.tactile_encoder)
+        self._tactile = _made(MapLatents, model.tactile_adapter)
+        self._proprio = model.proprio_embedder
+        self._context = model.context_adapter
+        self._sampler = Sampler(model, policy.config)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The generalist's hidden states [L, context width] to keys and values [L, blocks * 2 * D] and mean [D]."""
-        tokens = self._model.context_adapter(hidden_states)
+        tokens = self._context(hidden_states)
         return self._sampler.keys_values(tokens), tokens.mean(dim=0)
 
     def following(self, pixels: Tensor) -> Tensor:
         """Static frames [B, 3, S, S] to their latents in the place of the previous frame, [B, latents, D]."""
-        return self._static(self._vision_encoder(pixels))[:, 1]
+        return self._colour(self._see(pixels))[:, 1]
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Actions, float32 [B, 8, 7], and the static frames' latents as the next step needs them, [B, latents, D]."""
-        model, count = self._model, len(inputs.noise)
-        seen = self._vision_encoder(inputs.pixels)  # [B or 2 B, N, vision width]
-        current, following = self._static(seen[:count]).unbind(1)
+        count = len(inputs.noise)
+        seen = self._see(inputs.pixels)  # [B or 2 B, N, vision width]
+        current, following = self._colour(seen[:count]).unbind(1)
         parts = [current, torch.where(inputs.first, following, inputs.previous)]
-        if self._depth_encoder is not None and model.depth_adapter is not None:
-            felt = self._depth_encoder(needed(inputs.maps, "depth_static"))
-            parts.append(model.depth_adapter(felt[:count]))
-            if model.gripper_visual_adapter is not None and model.gripper_depth_adapter is not None:
-                parts.append(model.gripper_visual_adapter(seen[count:, None])[:, 0])
-                parts.append(model.gripper_depth_adapter(felt[count:]))
-        if self._tactile_encoder is not None and model.tactile_adapter is not None:
-            parts.append(model.tactile_adapter(self._tactile_encoder(needed(inputs.tactile, "rgb_tactile"))))
+        if self._feel is not None and self._depth is not None:
+            felt = self._feel(needed(inputs.maps, "depth_static"))
+            parts.append(self._depth(felt[:count]))
+            if self._gripper_colour is not None and self._gripper_depth is not None:
+                parts.append(self._gripper_colour(seen[count:])[:, 0])
+                parts.append(self._gripper_depth(felt[count:]))
+        if self._touch is not None and self._tactile is not None:
+            parts.append(self._tactile(self._touch(needed(inputs.tactile, "rgb_tactile"))))
         sensors = self._sampler.keys_values(torch.cat(parts, dim=1))
         mask = None if inputs.mask is None else F.pad(inputs.mask, (sensors.shape[1], 0), value=True)
         chunks = self._sampler(
             inputs.noise,
             inputs.reference,
-            model.proprio_embedder(inputs.proprio) + inputs.mean,
+            self._proprio(inputs.proprio) + inputs.mean,
             torch.cat((sensors, inputs.keys_values), dim=1),
             mask,
         )
         return chunks, following
 
-    def _static(self, tokens: Tensor) -> Tensor:
-        """[B, N, vision width] to latents in the current and the previous place, [B, 2, latents, D]."""
-        out: Tensor = self._model.visual_adapter(tokens[:, None].expand(-1, 2, -1, -1))
-        return out
+
+def _made(kind: Callable[[M], T], module: M | None) -> T | None:
+    return None if module is None else kind(module)
