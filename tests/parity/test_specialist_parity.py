@@ -11,9 +11,10 @@ from parity_cases import Case, arrays, cases, draw, fill_state_dict, paths, stat
 from torch import Tensor
 
 from robodual.specialist.config import CHUNK, SpecialistConfig
+from robodual.specialist.depth import resize
 from robodual.specialist.frames import Preparation
 from robodual.specialist.policy import Observation, Policy
-from robodual.specialist.sampler import Sampler
+from robodual.specialist.step import Inputs, Step
 
 CASES = cases("specialist")
 NOT_FILLED = ("rotary_emb.freqs", "temp_embed")
@@ -99,21 +100,37 @@ def test_parameter_names_and_shapes_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.short)
-def test_tabulated_sampler_reproduces_the_published_actions(case: Case) -> None:
+def test_fast_path_reproduces_the_published_actions(case: Case) -> None:
     config = config_of(case.config)
     policy = policy_of(config)
-    inputs = inputs_of(case.short, config, case.config["batch"], case.config["context_length"])
+    batch = case.config["batch"]
+    inputs = inputs_of(case.short, config, batch, case.config["context_length"])
+    seen: Observation = inputs["observation"]
     with torch.inference_mode():
-        sampler = Sampler(policy.model, config)
-        context = policy.model.sensor_context(policy.encode(inputs["observation"]))
-        projected = policy.model.context_adapter(inputs["hidden_states"])
-        actions = sampler(
-            inputs["noise"],
-            inputs["reference"],
-            policy.model.proprio_embedder(inputs["observation"].proprio) + projected.mean(dim=1),
-            sampler.keys_values(torch.cat((context, projected), dim=1)),
+        step = Step(policy)
+        projected = [step.project(states) for states in inputs["hidden_states"]]
+        maps = [
+            resize(depth[:, None], config.image_size)
+            for depth in (seen.depth_static, seen.depth_gripper)
+            if depth is not None
+        ]
+        actions, _ = step(
+            Inputs(
+                pixels=torch.cat([image for image in (seen.rgb_static, seen.rgb_gripper) if image is not None]),
+                maps=torch.cat(maps) if maps else None,
+                tactile=None,
+                proprio=seen.proprio,
+                previous=step.following(seen.rgb_static_previous),
+                first=torch.zeros(batch, 1, 1, dtype=torch.bool),
+                keys_values=torch.stack([keys_values for keys_values, _ in projected]),
+                mean=torch.stack([mean for _, mean in projected]),
+                mask=None,
+                reference=inputs["reference"],
+                noise=inputs["noise"],
+            )
         )
     assert error(actions, case.recorded["actions"]) < 2e-4
+    assert error(actions, policy.sample(**inputs).numpy()) < 1e-4
 
 
 def test_frames_become_the_published_pixels() -> None:
