@@ -167,6 +167,21 @@ def test_lamps_change_colour_in_the_picture(sequences: list[dict[str, Any]]) -> 
     assert changed[40:].sum() == 0
 
 
+def test_it_goes_the_way_of_the_published_simulators_recorded_run(sequences: list[dict[str, Any]]) -> None:
+    trace = np.load(SEQUENCES.with_name("trace_sequence0.npz"))
+    with PlayTable() as env:
+        first = env.reset(sequences[0]["robot_obs"], sequences[0]["scene_obs"])
+        env.render = False
+        rest = [env.step(action)[0] for action in trace["actions"]]
+    robot = np.array([observation["robot_obs"] for observation in [first, *rest]])
+    scene = np.array([observation["scene_obs"] for observation in [first, *rest]])
+    assert np.linalg.norm(robot[:, :3] - trace["robot_obs"][:, :3], axis=1).max() < 0.004
+    assert np.abs(scene - trace["scene_obs"]).max() < 0.004
+    depth = np.abs(first["depth_obs"]["depth_static"][::4, ::4] - trace["first_depth_static"])
+    assert np.median(depth) < 0.001
+    assert np.percentile(depth, 90) < 0.005
+
+
 @pytest.mark.parametrize("action", [[0.0] * 6, [float("nan")] * 7, [[0.0] * 7]])
 def test_a_bad_action_is_refused_by_name(table: PlayTable, action: Any) -> None:
     with pytest.raises(ValueError, match="action must be 7 finite numbers"):
