@@ -58,6 +58,10 @@ def generalist(
     adapters: Annotated[
         list[Path] | None, typer.Option("--adapter", help="A LoRA folder, merged at load; several in order.")
     ] = None,
+    merge_adapters: Annotated[
+        bool | None,
+        typer.Option("--merge-adapters/--adapters-apart", help="Apart suits quantised weights; merged is faster."),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     attention: Annotated[str | None, typer.Option(help="auto, sdpa, flash_attention_2 or eager.")] = None,
@@ -186,10 +190,10 @@ def _pair_table(pair: Pair) -> Table:
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def evaluate(context: typer.Context) -> None:
-    """Runs CALVIN's five-task sequences: robodual-client's evaluate, and its merge and compare."""
+    """Runs CALVIN's five-task sequences: robodual-client's evaluate, and its merge, compare and sweep."""
     from robodual_client.cli import main
 
-    subcommand = context.args[:1] in (["merge"], ["compare"])
+    subcommand = context.args[:1] in (["merge"], ["compare"], ["sweep"])
     main(context.args if subcommand else ["evaluate", *context.args])
 
 

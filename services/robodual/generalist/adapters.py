@@ -1,17 +1,19 @@
-"""LoRA adapter folders, as PEFT saves them, merged into the weights while these are loaded."""
+"""LoRA adapter folders, as PEFT saves them: merged into the weights while these are loaded, or kept apart."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from robodual.facts import CheckpointError
 
@@ -59,6 +61,52 @@ class Adapter:
         low = self.low[name].to(weight.device).float()
         high = self.high[name].to(weight.device).float()
         return weight + (self.scale * (high @ low)).to(weight.dtype)
+
+
+class Adapted(nn.Module):
+    """A linear layer with adapters beside it: W x + b + sum of scale * B (A x)."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.low = nn.ParameterList()  # [r, in] each
+        self.high = nn.ParameterList()  # [out, r] each, scaled
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own, for those who ask for its dtype or device."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        out: Tensor = self.base(x)
+        for low, high in zip(self.low, self.high):
+            out = out + F.linear(F.linear(x, low), high)
+        return out
+
+
+def separable(model: nn.Module, adapters: Iterable[Adapter]) -> frozenset[str]:
+    """The weights whose adapters can be kept apart: those of linear layers, without the head, whose rows decoding
+    reads one by one."""
+    names = {name for adapter in adapters for name in adapter.low if not name.endswith("lm_head.weight")}
+    return frozenset(n for n in names if isinstance(model.get_submodule(n.removesuffix(".weight")), nn.Linear))
+
+
+def attach(model: nn.Module, adapters: Iterable[Adapter], weights: Iterable[str], dtype: torch.dtype) -> None:
+    """Puts adapters beside the layers of the named weights, on the layers' device, in order."""
+    wanted = frozenset(weights)
+    for adapter in adapters:
+        for name in sorted(wanted & adapter.low.keys()):
+            path = name.removesuffix(".weight")
+            layer = model.get_submodule(path)
+            if not isinstance(layer, Adapted):
+                layer = Adapted(layer)
+                model.set_submodule(path, layer)
+            for own, value in (
+                (layer.low, adapter.low[name]),
+                (layer.high, adapter.scale * adapter.high[name].float()),
+            ):
+                own.append(nn.Parameter(value.to(layer.weight.device, dtype), requires_grad=False))
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -89,6 +89,7 @@ def load_generalist(
     *,
     checkpoint: str | Path | None = None,
     adapters: Sequence[Path] = (),
+    merge_adapters: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -99,7 +100,8 @@ def load_generalist(
     """The engine of a profile: with a checkpoint's weights, or random ones that follow from `seed`.
 
     checkpoint: a folder as published on the Hugging Face hub, or a hub id; its own config.json and tokenizer replace
-    the profile's. adapters: LoRA folders, merged into the checkpoint's weights in that order.
+    the profile's. adapters: LoRA folders, merged into the checkpoint's weights in that order, or without
+    merge_adapters kept beside them: a little slower, and the better way for quantised weights.
     device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N". dtype: "auto" (bfloat16 on CUDA, float32
     elsewhere) or a name of `DTYPES`. attention: one of `ATTENTIONS`, for the Llama. quantisation: one of
     `QUANTISATIONS`, for the Llama's layers. constrained: whether decoding keeps to the layout of 8 x 7 actions; None
@@ -130,14 +132,15 @@ def load_generalist(
         config, tokenizer = found.config, found.tokenizer
         model = build(config, attention=chosen, dtype=kind)
         parameters = count_parameters(model)
-        load_weights(model, found.folder, place, tuple(map(read_adapter, adapters)), quantisation)
+        load_weights(model, found.folder, place, tuple(map(read_adapter, adapters)), quantisation, merge=merge_adapters)
     processor = Processor(config.images, config.tokens, tokenizer)
     restricted = config.constrained if constrained is None else constrained
+    apart = " (kept apart)" if adapters and not merge_adapters else ""
     details = {
         "attention": chosen,
         "decoding": "constrained" if restricted else "free",
         "quantisation": quantisation,
-        "adapters": ", ".join(folder.name for folder in adapters) or "none",
+        "adapters": ", ".join(folder.name for folder in adapters) + apart or "none",
         "image_resize_strategy": config.images.strategy,
         **device_memory(place),
     }

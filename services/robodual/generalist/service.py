@@ -135,6 +135,7 @@ def _load(settings: GeneralistSettings) -> GeneralistEngine:
             settings.profile,
             checkpoint=settings.checkpoint,
             adapters=settings.adapters,
+            merge_adapters=settings.merge_adapters,
             device=settings.device,
             dtype=settings.dtype,
             seed=settings.seed,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robodual import tensor_file
 from robodual.facts import CheckpointError
-from robodual.generalist.adapters import Adapter
+from robodual.generalist.adapters import Adapter, attach, separable
 from robodual.generalist.model import Generalist, place_rotary
 from robodual.generalist.quantisation import quantisable, quantise
 
@@ -40,13 +40,16 @@ def load_weights(
     device: torch.device,
     adapters: tuple[Adapter, ...] = (),
     quantisation: str = "none",
+    *,
+    merge: bool = True,
 ) -> None:
     """Fills a model whose parameters are on the meta device with a folder's weights, cast to the model's dtype.
 
     Names and shapes are compared first, from the files' headers. Then one shard after the other goes to the device, so
     host memory holds no more than the shard being read; `adapters` are added to their weights on the way, in order, and
-    the Llama's layers are quantised after that (`quantisation.QUANTISATIONS`). Raises CheckpointError that names the
-    file and the fix.
+    the Llama's layers are quantised after that (`quantisation.QUANTISATIONS`). Without `merge` the adapters stay beside
+    the layers that they change (`adapters.separable`), in the model's dtype. Raises CheckpointError that names the file
+    and the fix.
     """
     files = shard_files(folder)
     entries = {name: entry for file in files for name, entry in headers(file).items()}
@@ -55,6 +58,7 @@ def load_weights(
     for adapter in adapters:
         adapter.check(expected)
     dtype = model.dtype
+    apart = frozenset() if merge else separable(model, adapters)
     small = frozenset() if quantisation == "none" else quantisable(model)
     for file in files:
         tensors: dict[str, Tensor] = {}
@@ -62,12 +66,13 @@ def load_weights(
             for name in shard.keys():  # noqa: SIM118 (not a dictionary)
                 # Off the mapped file in any case, so that nobody who writes to it later changes the model.
                 value = shard.get_tensor(name).to("cpu" if name in small else device, dtype, copy=name not in small)
-                for adapter in adapters:
+                for adapter in () if name in apart else adapters:
                     value = adapter.merge(name, value)
                 tensors[name] = value
             model.load_state_dict(tensors, strict=False, assign=True)
             if small:
                 quantise(model, small & tensors.keys(), quantisation, device)
+    attach(model, adapters, apart, dtype)
     model.requires_grad_(False)
     place_rotary(model, device)
 

@@ -105,6 +105,7 @@ class GeneralistSettings(Settings):
 
     checkpoint: str | None = Field(None, description="a folder, or a hub id (openvla/openvla-7b)")
     adapters: Annotated[tuple[Path, ...], NoDecode] = Field((), description="LoRA folders, in order; comma-separated")
+    merge_adapters: bool = Field(True, description="false keeps them beside the weights; better with quantisation")
     attention: str = Field("auto", description="auto, sdpa, flash_attention_2 or eager")
     quantisation: str = Field("none", description="none, int8 or nf4")
     constrained: bool | None = Field(None, description="decoding keeps to 8 x 7 actions; by default the profile's")
