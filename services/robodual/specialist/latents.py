@@ -49,10 +49,9 @@ class ColourLatents:
     """Computes what a `Resampler` computes, to rounding, of one frame in each of its places."""
 
     def __init__(self, module: Resampler) -> None:
-        attention, feed_forward = cast(
-            "tuple[ResamplerAttention, nn.Sequential]", tuple(cast(nn.ModuleList, module.layers[0]))
-        )
-        norm, fc1, _, fc2 = feed_forward
+        layer = cast(nn.ModuleList, module.layers[0])
+        attention = cast(ResamplerAttention, layer[0])
+        norm, fc1, _, fc2 = cast(nn.Sequential, layer[1])
         self._project = Linear(module.proj.weight)
         self._places = F.linear(module.media_pos_emb, module.proj.weight, module.proj.bias)  # [places, 1, D]
         self._norm_media = attention.norm_media
