@@ -1,4 +1,4 @@
-"""The command line: `robodual-client evaluate | merge | compare | doctor`."""
+"""The command line: `robodual-client evaluate | merge | compare | sweep | doctor`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from robodual_client.calvin.estimate import estimate
 from robodual_client.calvin.results import RESULTS, SEQUENCES, Results, load, merge
 
 INTERRUPTED = 130
+NO_REPORT = "no report: install the extra with pip install 'robodual-client[report]'"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("b", type=Path, metavar="B", help="folder of another")
     comparing.set_defaults(command=_compare)
 
+    sweeping = commands.add_parser("sweep", help="evaluate at several delays, and draw success against delay")
+    flags.add(sweeping, sweep=True)
+    sweeping.set_defaults(command=_sweep)
+
     examining = commands.add_parser("doctor", help="why is it 0 %%? look at simulator, observations and actions")
     examining.add_argument("simulator", nargs="?", choices=["calvin"], default="calvin", help="(calvin)")
     examining.add_argument("--calvin-root", type=Path, metavar="DIR", help="checkout of calvin_env (CALVIN_ROOT)")
@@ -75,7 +80,33 @@ def _merge(given: argparse.Namespace) -> None:
 
 
 def _compare(given: argparse.Namespace) -> None:
-    print(compare(load(given.a), load(given.b)).table(given.a.name, given.b.name))
+    a, b = (given.a.name, given.b.name) if given.a.name != given.b.name else (str(given.a), str(given.b))
+    print(compare(load(given.a), load(given.b)).table(a, b))
+
+
+def _sweep(given: argparse.Namespace) -> None:
+    from robodual_client.calvin import sweep
+
+    options, delays = flags.options(given), sweep.parse_delays(given.delays)
+    if given.dry_run:
+        print(f"{len(delays)} evaluations, each:\n{estimate(options)}")
+        return
+    try:
+        runs = sweep.sweep(options, delays, lambda line: print(line, file=sys.stderr))
+    except KeyboardInterrupt:
+        print(f"stopped; what is finished is kept in {options.out}: go on with --resume", file=sys.stderr)
+        raise
+    print(sweep.table(runs))
+    print(f"results: {options.out / sweep.SWEEP}")
+    if not given.no_report:
+        try:
+            from robodual_client.calvin import report as page
+        except ImportError:
+            print(NO_REPORT, file=sys.stderr)
+            return
+        for delay, run in runs.items():
+            page.write(run, sweep.folder_of(options.out, delay))
+        print(f"report:  {sweep.write_page(runs, options.out)}")
 
 
 def _doctor(given: argparse.Namespace) -> None:
@@ -103,7 +134,7 @@ def _show(results: Results, folder: Path, *, report: bool) -> None:
         try:
             from robodual_client.calvin import report as page
         except ImportError:
-            print("no report: install the extra with pip install 'robodual-client[report]'", file=sys.stderr)
+            print(NO_REPORT, file=sys.stderr)
             return
         print(f"report:  {page.write(results, folder)}")
 

@@ -46,6 +46,44 @@ def test_parts_of_an_evaluation_merge_and_compare(tmp_path: Path, capsys: pytest
     assert "no difference beyond chance" in capsys.readouterr().out
 
 
+def test_a_sweep_draws_success_against_delay_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sweep"
+    command = ["sweep", *FAKE, "--sequences", "0-3", "--hold", "zero", "--out", str(out)]
+    main([*command, "--delays", "3,0"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] in (["0"], ["3"])]
+    assert [(row[0], row[1]) for row in rows] == [("0", "4"), ("3", "4")]
+    assert all("(" in cell for cell in rows[0][3::2])
+    figures = json.loads((out / "sweep.json").read_text())["delays"]
+    # Late by three steps, the third action comes in step 9 of 0 to 11.
+    assert figures["0"]["avg_seq_len"] == figures["3"]["avg_seq_len"] > 0
+    assert figures["0"]["held_steps"] == 0 < figures["3"]["held_steps"]
+    assert (out / "sweep.html").is_file()
+    assert (out / "delay-03" / "report.html").is_file()
+    before = (out / "delay-03" / "sequences.jsonl").read_bytes()
+    main([*command, "--delays", "0,3,4", "--resume"])
+    assert (out / "delay-03" / "sequences.jsonl").read_bytes() == before
+    figures = json.loads((out / "sweep.json").read_text())["delays"]
+    assert figures["4"]["avg_seq_len"] == 0  # and with four, one step too late
+    capsys.readouterr()
+    assert "delays: must be control steps" in refused(capsys, *command, "--delays", "0,x")
+    assert "delay_steps: must be 0 to 11" in refused(capsys, *command, "--delays", "0,12", "--resume")
+
+
+def test_lock_step_and_real_time_stand_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["evaluate", *FAKE, "--num-sequences", "2", "--ep-len", "6"]
+    main([*run, "--out", str(tmp_path / "lock")])
+    main([*run, "--out", str(tmp_path / "timed"), "--realtime", "40", "--inject-delay", "specialist=60"])
+    assert "real time at 40 Hz" in capsys.readouterr().out
+    page = (tmp_path / "timed" / "report.html").read_text()
+    assert "Age of the actions" in page
+    assert "+60 ms" in page
+    assert "Age of the actions" not in (tmp_path / "lock" / "report.html").read_text()
+    main(["compare", str(tmp_path / "lock"), str(tmp_path / "timed")])
+    shown = capsys.readouterr().out
+    assert "pace: lock-step in lock, real time at 40 Hz, late actions repeated in timed" in shown
+    assert "lock: lock-step: 0.0% of steps without a new action" in shown
+
+
 def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["evaluate", *FAKE, "--num-sequences", "40", "--out", str(tmp_path / "run"), "--dry-run"])
     shown = capsys.readouterr().out
@@ -64,6 +102,7 @@ def test_what_can_be_known_before_the_first_sequence_is_one_line(
     assert "env: must be playtable" in refused(capsys, "evaluate", *out, "--env", "gazebo")
     assert "annotations: " in refused(capsys, "evaluate", *FAKE, *out, "--annotations", str(tmp_path / "none.json"))
     assert "schedule" in refused(capsys, "evaluate", *out, "--schedule", "sometimes")
+    assert "inject_delay: 'generalist' must be" in refused(capsys, "evaluate", *out, "--inject-delay", "generalist")
     assert "go with --env calvin" in refused(capsys, "evaluate", *out, "--scene", "D")
     assert "holds no evaluation" in refused(capsys, "compare", str(tmp_path), str(tmp_path))
     assert "No module named 'gazebo'" in refused(capsys, "evaluate", *FAKE[2:], *out, "--env", "gazebo:World")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Mapping
 
+from robodual_client.calvin.pace import describe
 from robodual_client.calvin.results import Results
 from robodual_client.calvin.sequences import CHAIN
 from robodual_client.calvin.statistics import bootstrap, wilson
@@ -31,6 +33,8 @@ class Comparison:
     shared: int
     difference: float
     difference_interval: tuple[float, float]
+    settings: list[tuple[str, str, str]]  # name, A's and B's, where these differ
+    lateness: tuple[str, str]  # how far answers came late in A and in B
 
     def table(self, a: str, b: str) -> str:
         """As text; `a` and `b` are the runs' names."""
@@ -45,6 +49,9 @@ class Comparison:
             f"average length, {b} - {a}, over the {self.shared} sequences of both: "
             f"{self.difference:+.3f} ({low:+.3f} to {high:+.3f}): {verdict}",
         ]
+        if self.settings:
+            lines += ["", *(f"{name}: {one} in {a}, {other} in {b}" for name, one, other in self.settings)]
+            lines += [f"{name}: {late}" for name, late in zip((a, b), self.lateness)]
         return "\n".join(lines)
 
 
@@ -62,7 +69,24 @@ def compare(a: Results, b: Results) -> Comparison:
     tasks = [_row(task, a_tasks[task], b_tasks[task]) for task in a_tasks if task in b_tasks]
     length = Row("Avg. Len.", a.average_length, bootstrap(a.lengths()), b.average_length, bootstrap(b.lengths()))
     difference = sum(differences) / len(shared)
-    return Comparison(chains, tasks, length, len(shared), difference, bootstrap(differences))
+    return Comparison(
+        chains=chains,
+        tasks=tasks,
+        length=length,
+        shared=len(shared),
+        difference=difference,
+        difference_interval=bootstrap(differences),
+        settings=_settings(a.protocol, b.protocol),
+        lateness=(a.lateness(), b.lateness()),
+    )
+
+
+def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    def shown(name: str, protocol: Mapping[str, Any]) -> str:
+        value = protocol.get(name)
+        return describe(value) if name == "pace" else "none" if value is None else str(value)
+
+    return [(name, shown(name, a), shown(name, b)) for name in {**a, **b} if a.get(name) != b.get(name)]
 
 
 def _row(name: str, a: tuple[int, int], b: tuple[int, int]) -> Row:

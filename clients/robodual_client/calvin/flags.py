@@ -21,8 +21,8 @@ from robodual_client.calvin.rollout import EPISODE_STEPS
 from robodual_client.calvin.sequences import published
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of an evaluation."""
+def add(parser: argparse.ArgumentParser, *, sweep: bool = False) -> None:
+    """Adds the flags of an evaluation, or of a sweep over delays."""
     what = parser.add_argument_group("what")
     what.add_argument("--env", default="playtable", help=f"{', '.join(ENVIRONMENTS)}, or module:callable (playtable)")
     what.add_argument("--policy", default="services", help=f"{', '.join(POLICIES)}, or module:callable (services)")
@@ -42,17 +42,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_services(parser.add_argument_group("services (--policy services; a token is read from ROBODUAL_TOKEN)"))
 
     pace = parser.add_argument_group("pace (lock-step: the simulator waits for each answer)")
-    clock = pace.add_mutually_exclusive_group()
-    clock.add_argument(
-        "--realtime", type=float, metavar="HZ", help="control steps a second of wall time, answer or not"
-    )
-    clock.add_argument("--delay-steps", type=int, default=0, metavar="N", help="execute actions N steps late (0)")
-    pace.add_argument(
-        "--hold", choices=HOLD, default="repeat", help="what the arm does while an answer is late (repeat)"
-    )
-    pace.add_argument(
-        "--inject-delay", default="", metavar="generalist=MS,specialist=MS", help="add latency on purpose, milliseconds"
-    )
+    if sweep:
+        pace.add_argument("--delays", required=True, metavar="LIST", help="run once for each, in steps, as 0,1,2,4,8")
+        pace.set_defaults(realtime=None, delay_steps=0)
+    else:
+        clock = pace.add_mutually_exclusive_group()
+        clock.add_argument("--realtime", type=float, metavar="HZ", help="control steps a second, answer or not")
+        clock.add_argument("--delay-steps", type=int, default=0, metavar="N", help="execute actions N steps late (0)")
+    pace.add_argument("--hold", choices=HOLD, default="repeat", help="what the arm does meanwhile (repeat)")
+    latency = "generalist=MS,specialist=MS"
+    pace.add_argument("--inject-delay", default="", metavar=latency, help="add latency on purpose, in milliseconds")
 
     simulator = parser.add_argument_group("simulator")
     simulator.add_argument("--workers", type=int, default=1, metavar="N", help="simulator processes (1)")
