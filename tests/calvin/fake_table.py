@@ -26,10 +26,10 @@ class FakeTable:
     """action[0] = 1 + a task's index does that task; anything else does nothing. A `wild` table also does some task,
     which one depends on action[1] and action[2], whenever action[0] is over a half."""
 
-    def __init__(self, broken: bool = False, wild: bool = False) -> None:
+    def __init__(self, broken: bool = False, wild: bool = False, cameras: int = 2) -> None:
         if broken:
             raise RuntimeError("the fake simulator was told\nnot to start")
-        self.wild = wild
+        self.wild, self.cameras = wild, cameras
         self.facts = {"render": "none"}
 
     def reset(self, robot_obs: Any = None, scene_obs: Any = None) -> dict[str, Any]:
@@ -86,12 +86,11 @@ class FakeTable:
     def get_obs(self) -> dict[str, Any]:
         static = np.full((200, 200, 3), 90, np.uint8)
         static[:, : int(200 * min(1, max(0, self.doors["base__slide"] * 2))), 2] = 220
+        gripper = np.full((84, 84, 3), 160, np.uint8)
+        static_depth, gripper_depth = np.full((200, 200), 4.0, np.float32), np.full((84, 84), 0.5, np.float32)
         return {
-            "rgb_obs": {"rgb_static": static, "rgb_gripper": np.full((84, 84, 3), 160, np.uint8)},
-            "depth_obs": {
-                "depth_static": np.full((200, 200), 4.0, np.float32),
-                "depth_gripper": np.full((84, 84), 0.5, np.float32),
-            },
+            "rgb_obs": dict([("rgb_static", static), ("rgb_gripper", gripper)][: self.cameras]),
+            "depth_obs": dict([("depth_static", static_depth), ("depth_gripper", gripper_depth)][: self.cameras]),
             "robot_obs": self.robot,
             "scene_obs": self.scene,
         }

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "client"))
 
-from fake_services import FakeGeneralist, FakeSpecialist
+from fake_services import SENSORS, FakeGeneralist, FakeSpecialist
 
 from robodual_client.calvin import EvaluationError, Options, Results, evaluate
 from robodual_client.calvin.progress import Silent
@@ -101,3 +101,41 @@ def test_services_that_are_away_end_the_run_before_it_starts(
     with pytest.raises(EvaluationError, match=r"services: Specialist.GetInfo at 127.0.0.1"):
         evaluate(through("run"))
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_ages_count_control_steps_where_answers_come_late(
+    through: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpecialist]
+) -> None:
+    results = evaluate(through("late", numbers=(0,), delay_steps=5, ep_len=21, env_options={"wild": False}))
+    assert [request.step for request in pair[1].requests("Act")] == [0, 5, 10, 15, 20]
+    # Due at 0, 7 and 15; the policy is free at the steps above.
+    assert [request.step for request in pair[0].requests("Condition")] == [0, 10, 15]
+    # Executed from step 5 to 20: of step 0's conditioning until the answer of step 10 is executed, and so on.
+    ages = [*range(5, 15), *range(5, 10), 5]
+    assert results.ages() == {age: ages.count(age) for age in sorted(set(ages))}
+    assert results.action_ages() == {age: 3 + (age == 5) for age in range(5, 10)}
+    assert results.held == 21 - 4
+
+
+def test_latency_of_the_generalist_shows_in_its_round_trip_and_in_nothing_else(
+    through: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpecialist]
+) -> None:
+    plain = evaluate(through("plain", numbers=(0,)))
+    slow = evaluate(through("slow", numbers=(0,), inject_delay={"generalist": 150.0}))
+    assert outcomes(plain) == outcomes(slow)
+    assert slow.milliseconds("condition").quantile(0.0) > 140 > slow.milliseconds("act").quantile(0.5)
+    assert slow.protocol["inject_delay"] == {"generalist": 150.0}
+
+
+def test_an_environment_without_a_sensor_that_the_model_reads_ends_the_run_before_it_starts(
+    through: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpecialist], tmp_path: Path
+) -> None:
+    with pytest.raises(EvaluationError) as caught:
+        evaluate(through("blind", env_options={"cameras": 1}))
+    assert "\n" not in str(caught.value)
+    assert 'obs["rgb_obs"]["rgb_gripper"]' in str(caught.value)
+    assert not (tmp_path / "blind" / "sequences.jsonl").exists()
+    assert pair[1].requests("Reset") == []
+    pair[1].sensors = (*SENSORS, "rgb_tactile")
+    with pytest.raises(EvaluationError, match=r"rgb_tactile.*serve a checkpoint without it"):
+        evaluate(through("tactile"))

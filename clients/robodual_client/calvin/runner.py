@@ -36,7 +36,9 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
     try:
         try:
             with progress or choose(len(run.sequences) + len(todo)) as shown:
-                _run(options, instructions, todo, run, entry, shown)
+                sensors = services["specialist"]["sensors"] if services else ()
+                workers = Workers(options, todo, instructions, sensors)
+                _run(workers, options.out, len(run.sequences) + len(todo), run, entry, shown)
         finally:
             # Ctrl-C may come between a line's writing and its counting: the file says what is done.
             run.sequences.update(records.read(options.out / results.SEQUENCES))
@@ -47,19 +49,11 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
     return run
 
 
-def _run(
-    options: Options,
-    instructions: dict[str, str],
-    todo: list[int],
-    run: Results,
-    entry: dict[str, Any],
-    shown: Progress,
-) -> None:
-    total = len(run.sequences) + len(todo)
-    with Workers(options, todo, instructions) as workers:
+def _run(workers: Workers, out: Path, total: int, run: Results, entry: dict[str, Any], shown: Progress) -> None:
+    with workers:
         for event in workers.events():
             if isinstance(event, Record):
-                records.append(options.out / results.SEQUENCES, event)
+                records.append(out / results.SEQUENCES, event)
                 run.sequences[event.sequence] = event
                 shown.finished(event, run, total)
             elif isinstance(event, Failed):

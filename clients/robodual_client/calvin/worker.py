@@ -24,6 +24,7 @@ from robodual_client.calvin.records import Record
 from robodual_client.calvin.roles import Environment, Policy, Watcher
 from robodual_client.calvin.rollout import run_sequence
 from robodual_client.calvin.sequences import published
+from robodual_client.observation import encode
 
 
 def run(lines: TextIO, answers: TextIO) -> None:
@@ -37,7 +38,10 @@ def run(lines: TextIO, answers: TextIO) -> None:
     try:
         env: Environment = resolve(job["env"])(**job["env_options"])
         make_policy = resolve(job["policy"])
-    except Exception as error:  # whatever a simulator's start may raise is the parent's to tell
+        if job["sensors"]:
+            robot_obs, scene_obs = published()[0].observations()
+            encode(env.reset(robot_obs=robot_obs, scene_obs=scene_obs), job["sensors"])
+    except Exception as error:  # whatever a simulator's start may raise, and sensors that it lacks: the parent tells
         traceback.print_exc()
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         cure = "; install it with: pip install 'robodual-client[sim]'" if missing == "pybullet" else ""

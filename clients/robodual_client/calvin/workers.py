@@ -45,9 +45,14 @@ Event = Union[Ready, Failed, Record]
 
 
 class Workers:
-    """`count` worker processes that run `numbers`; a context manager that leaves no process behind."""
+    """The worker processes of `options`, which run `numbers`; a context manager that leaves no process behind.
 
-    def __init__(self, options: Options, numbers: Sequence[int], instructions: dict[str, str]) -> None:
+    `sensors`: what the served model reads, and the environment must give before the first sequence starts.
+    """
+
+    def __init__(
+        self, options: Options, numbers: Sequence[int], instructions: dict[str, str], sensors: Sequence[str]
+    ) -> None:
         env, policy = options.factories()
         job = {
             "env": env,
@@ -56,6 +61,7 @@ class Workers:
             **_policy_options(options),
             "pace": options.pace(),
             "instructions": instructions,
+            "sensors": list(sensors),
             "seed": options.seed,
             "ep_len": options.ep_len,
             "video": options.video,
