@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -119,6 +122,11 @@ def test_a_recovery_state_that_does_not_fit_together_is_refused(change: dict[str
         loop.advance(step, chunk(step))
     with pytest.raises(ValueError, match=name):
         ControlLoop(Recovery(**{**vars(loop.recovery()), **change}))
+
+
+def test_the_loop_needs_no_torch() -> None:
+    code = "import sys, robodual.specialist.control; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_steps_only_move_forward() -> None:
