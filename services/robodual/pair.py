@@ -64,6 +64,14 @@ class Pair:
         """host:port of each service's gRPC endpoint."""
         return {name: f"127.0.0.1:{port}" for name, port in self.ports.items()}
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment variables that the services get: a replica that is to give the same bits needs the same."""
+        # Two services that each spread over every core make each other's threads wait, at several times the cost.
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(SERVICES)))}
+        # The URL may hold a password: it travels in the environment, which other users cannot list.
+        return {**threads, **os.environ, **self.options.settings, "ROBODUAL_REDIS_URL": self.redis_url}
+
     def start(self) -> None:
         try:
             if not self.redis_url:
@@ -114,13 +122,9 @@ class Pair:
         command += ["--device", self.options.device]
         if name in self.options.checkpoints:
             command += ["--checkpoint", str(self.options.checkpoints[name])]
-        # The URL may hold a password: it travels in the environment, which other users cannot list.
-        # Two services that each spread over every core make each other's threads wait, at several times the cost.
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(SERVICES)))}
-        environment = {**threads, **os.environ, **self.options.settings, "ROBODUAL_REDIS_URL": self.redis_url}
         process = subprocess.Popen(
             command,
-            env=environment,
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -134,7 +134,10 @@ def test_published_files_are_served_as_they_run_in_process(published: Path) -> N
         for service, facts in (("generalist", generalist.facts), ("specialist", specialist.facts)):
             answer = info(pair, service)
             assert (answer.checkpoint, answer.parameters) == (facts.checkpoint, facts.parameters)
-            assert (answer.weight_bytes, dict(answer.details)) == (facts.weight_bytes, facts.details)
+            assert (answer.weight_bytes, dict(answer.details)) == (
+                facts.weight_bytes,
+                {**facts.details, "threads": "1"},
+            )
             assert json.loads(page(pair, service, "/info"))["checkpoint"] == facts.checkpoint
         assert info(pair, "generalist").checkpoint == inspect(published / "generalist").checkpoint
         assert info(pair, "specialist").checkpoint == inspect(published / "specialist.pt").checkpoint

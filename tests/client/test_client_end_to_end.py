@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import subprocess
@@ -40,7 +39,7 @@ def another_specialist(pair: Pair) -> Iterator[tuple[str, subprocess.Popen[bytes
     port, http_port = _free_port(), _free_port()
     command = [sys.executable, "-m", "robodual", "serve", "specialist", "--profile", "toy"]
     command += ["--port", str(port), "--http-port", str(http_port)]
-    environment = {**os.environ, "ROBODUAL_REDIS_URL": pair.redis_url, "ROBODUAL_LOG_LEVEL": "error"}
+    environment = {**pair.environment, "ROBODUAL_LOG_LEVEL": "error"}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60

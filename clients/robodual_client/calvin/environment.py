@@ -161,7 +161,7 @@ def _compose(checkout: Checkout, scene: str) -> Any:
     ]
     # Hydra 1.1 has no version_base; later ones warn without. The composition is the same under all.
     known = inspect.signature(initialize_config_dir).parameters
-    version = {"version_base": None} if "version_base" in known else {}
+    version: dict[str, Any] = {"version_base": None} if "version_base" in known else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # conf/ is written for Hydra 1.0, and Hydra says so
         with initialize_config_dir(config_dir=str(checkout.repository / "conf"), **version):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 import robodual
 from robodual.facts import EngineFacts
 from robodual_client import wire
@@ -21,5 +23,6 @@ def describe(service: str, facts: EngineFacts, sensors: Iterable[str]) -> wire.I
         parameters=facts.parameters,
         weight_bytes=facts.weight_bytes,
         sensors=sensors,
-        details=facts.details,
+        # Sums over more threads are rounded otherwise: replicas that must agree to the last bit need the same number.
+        details={**facts.details, "threads": str(torch.get_num_threads())},
     )
