@@ -23,8 +23,8 @@ Contact = tuple  # (other body, its link)
 
 
 class FakeTable:
-    """action[0] = 1 + a task's index does that task; anything else does nothing. A `wild` table also does some task,
-    which one depends on action[1] and action[2], whenever action[0] is over a half."""
+    """action[0] = 1 + a task's index does that task; anything else does nothing. On a `wild` table any other action
+    does four tasks; which ones depends on action[1] and action[2]."""
 
     def __init__(self, broken: bool = False, wild: bool = False, cameras: int = 2) -> None:
         if broken:
@@ -48,8 +48,10 @@ class FakeTable:
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, dict[str, Any]]:
         if 1 <= action[0] <= len(NAMES):
             self.do(NAMES[int(action[0]) - 1])
-        elif self.wild and action[0] > 0.5:
-            self.do(NAMES[int(abs(action[1] + action[2]) * 1e4) % len(NAMES)])
+        elif self.wild:
+            chosen = int(abs(action[1] + action[2]) * 1e4)
+            for task in (chosen, chosen // 7, chosen // 3, chosen // 5):
+                self.do(NAMES[task % len(NAMES)])
         return self.get_obs(), 0.0, False, self.get_info()
 
     def do(self, task: str) -> None:

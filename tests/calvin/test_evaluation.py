@@ -3,26 +3,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_table import FakeTable, Scripted
+from running import outcomes, start, wait_for_lines, wait_until_gone, workers_of
 
-from robodual_client.calvin import EvaluationError, Results, evaluate
+from robodual_client.calvin import EvaluationError, evaluate
 from robodual_client.calvin.annotations import load
 from robodual_client.calvin.results import merge
 from robodual_client.calvin.rollout import run_sequence
 from robodual_client.calvin.sequences import published
 
 Make = "Callable[..., Options]"
-
-
-def outcomes(results: Results) -> list[Any]:
-    return [(results.sequences[number].outcome(), results.sequences[number].steps) for number in results.sequences]
 
 
 def test_a_chain_ends_at_its_first_failure_and_counts_its_steps() -> None:
@@ -60,7 +55,7 @@ def test_an_action_that_is_no_action_stops_the_sequence() -> None:
 def test_results_do_not_depend_on_the_number_of_workers_or_the_order(options: Make) -> None:
     alone = evaluate(options("alone"))
     pair = evaluate(options("pair", numbers=tuple(reversed(range(8))), workers=3))
-    assert sorted(outcomes(alone)) == sorted(outcomes(pair))
+    assert outcomes(alone) == outcomes(pair)
     assert 0 < alone.average_length < 5
     assert alone.average_length == pair.average_length
 
@@ -72,7 +67,7 @@ def test_merged_parts_equal_the_whole_run(options: Make, tmp_path: Path) -> None
     one = merge([tmp_path / "odd", tmp_path / "even"], tmp_path / "one")
     two = merge([tmp_path / "even", tmp_path / "odd", tmp_path / "whole"], tmp_path / "two")
     for merged in (one, two):
-        assert outcomes(merged) == sorted(outcomes(whole))
+        assert outcomes(merged) == outcomes(whole)
         assert merged.to_json()["task_info"] == whole.to_json()["task_info"]
     assert (tmp_path / "one" / "results.json").is_file()
     assert len(one.provenance) == 2
@@ -95,7 +90,7 @@ def test_resume_runs_only_what_is_missing(options: Make, tmp_path: Path) -> None
     resumed = evaluate(options("parts", resume=True))
     assert file.read_bytes().startswith(before)
     assert file.read_bytes().count(b"\n") == 8
-    assert sorted(outcomes(resumed)) == sorted(outcomes(whole))
+    assert outcomes(resumed) == outcomes(whole)
     assert evaluate(options("parts", resume=True)).lengths() == whole.lengths()
     assert file.read_bytes().count(b"\n") == 8
 
@@ -114,7 +109,7 @@ def test_a_worker_that_dies_is_replaced_and_its_sequence_repeated(options: Make,
     trap = {"trap": str(tmp_path), "trapped": 3, "how": how}
     trapped = evaluate(options("trapped", workers=2, policy_options=trap))
     assert (tmp_path / "sprung").exists()
-    assert sorted(outcomes(trapped)) == sorted(outcomes(whole))
+    assert outcomes(trapped) == outcomes(whole)
 
 
 def test_a_sequence_that_always_fails_to_run_stops_the_evaluation(options: Make, tmp_path: Path) -> None:
@@ -131,38 +126,6 @@ def test_a_simulator_that_cannot_start_is_one_line(options: Make) -> None:
     assert "the fake simulator was told not to start" in str(caught.value)
 
 
-def start(folder: Path, arguments: str) -> subprocess.Popen[str]:
-    """An evaluation in a process of its own; `arguments` are those of Options, as Python."""
-    script = (
-        "from pathlib import Path\nfrom robodual_client.calvin import Options, evaluate\n"
-        f"evaluate(Options(out=Path({str(folder)!r}), env='fake_table:FakeTable', policy='fake_table:Scripted', "
-        f"ep_len=20, {arguments}))"
-    )
-    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_lines(file: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while not file.is_file() or file.read_bytes().count(b"\n") < count:
-        assert time.monotonic() < deadline, "no sequence was finished in a minute"
-        time.sleep(0.02)
-
-
-def workers_of(parent: int) -> list[int]:
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    threads = Path(f"/proc/{parent}/task").iterdir()
-    for thread in threads:
-        children += (thread / "children").read_text().split()
-    return [int(child) for child in set(children)]
-
-
-def wait_until_gone(processes: list[int]) -> None:
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{process}").exists() for process in processes):
-        assert time.monotonic() < deadline, "a worker outlived its evaluation"
-        time.sleep(0.02)
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_keeps_what_is_done_and_resumes_to_the_same_result(
@@ -170,7 +133,7 @@ def test_a_stopped_run_keeps_what_is_done_and_resumes_to_the_same_result(
 ) -> None:
     pause = {"pause": 0.02}
     whole = evaluate(options("whole", policy_options=pause))
-    process = start(tmp_path / "stopped", f"numbers=tuple(range(8)), workers=2, policy_options={pause}")
+    process = start(options("stopped", workers=2, policy_options=pause))
     wait_for_lines(tmp_path / "stopped" / "sequences.jsonl", 2)
     children = workers_of(process.pid)
     assert children
@@ -182,5 +145,5 @@ def test_a_stopped_run_keeps_what_is_done_and_resumes_to_the_same_result(
         done = json.loads((tmp_path / "stopped" / "results.json").read_text())["sequences"]
         assert 2 <= done < 8
     resumed = evaluate(options("stopped", policy_options=pause, resume=True))
-    assert sorted(outcomes(resumed)) == sorted(outcomes(whole))
+    assert outcomes(resumed) == outcomes(whole)
     assert os.path.exists(tmp_path / "stopped" / "run.json")

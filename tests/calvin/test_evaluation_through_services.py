@@ -10,6 +10,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "client"))
 
 from fake_services import SENSORS, FakeGeneralist, FakeSpecialist
+from running import outcomes
 
 from robodual_client.calvin import EvaluationError, Options, Results, evaluate
 from robodual_client.calvin.progress import Silent
@@ -30,10 +31,6 @@ def through(options: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpe
     addresses = {"generalist": pair[0].address, "specialist": pair[1].address, "schedule": "published"}
     settings: dict[str, Any] = {"policy": "services", "policy_options": addresses, "env_options": {"wild": True}}
     return lambda name, **changes: options(name, **{**settings, "ep_len": 90, **changes})
-
-
-def outcomes(results: Results) -> list[Any]:
-    return sorted((record.outcome(), record.steps) for record in results.sequences.values())
 
 
 class Killer(Silent):

@@ -2,11 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robodual_client.calvin import Options, Results, evaluate
+from running import outcomes
 
-
-def outcomes(results: Results) -> list[tuple[object, list[int]]]:
-    return [(results.sequences[number].outcome(), results.sequences[number].steps) for number in (0, 2, 3)]
+from robodual_client.calvin import Options, evaluate
 
 
 def test_chains_on_the_real_table_do_not_depend_on_workers_or_on_what_ran_before(tmp_path: Path) -> None:
