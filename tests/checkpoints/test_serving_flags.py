@@ -1,0 +1,117 @@
+"""The flags of `robodual serve` that choose weights and how they run reach the engines as they were given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from robodual import facts
+from robodual.cli import app
+from robodual.generalist import service as generalist_service
+from robodual.generalist.checkpoint import save_checkpoint
+from robodual.generalist.engine import load_generalist
+from robodual.specialist import service as specialist_service
+from robodual.specialist.engine import load_specialist
+
+SERVICES = {"generalist": generalist_service, "specialist": specialist_service}
+
+
+def given(service: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the service's loader is called with."""
+    seen: dict[str, Any] = {}
+    module = SERVICES[service]
+    monkeypatch.setattr(module, f"load_{service}", lambda profile, **options: seen.update(profile=profile, **options))
+    monkeypatch.setattr(module, "run", module._load)
+    result = CliRunner().invoke(app, ["serve", service, *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return seen
+
+
+def test_generalist_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--profile", "robodual-7b", "--checkpoint", "openvla/openvla-7b", "--adapter", "b", "--adapter", "a"]
+    flags += ["--adapters-apart", "--dtype", "bfloat16", "--attention", "eager", "--quantisation", "nf4", "--free"]
+    assert given("generalist", flags, monkeypatch) == {
+        "profile": "robodual-7b",
+        "checkpoint": "openvla/openvla-7b",
+        "adapters": (Path("b"), Path("a")),
+        "merge_adapters": False,
+        "device": "auto",
+        "dtype": "bfloat16",
+        "seed": 0,
+        "attention": "eager",
+        "quantisation": "nf4",
+        "constrained": False,
+    }
+
+
+def test_generalist_variables_hold_where_no_flag_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBODUAL_GENERALIST_ADAPTERS", "one, two")
+    monkeypatch.setenv("ROBODUAL_GENERALIST_CONSTRAINED", "true")
+    seen = given("generalist", [], monkeypatch)
+    assert seen["adapters"] == (Path("one"), Path("two"))
+    assert seen["constrained"] is True
+    assert given("generalist", ["--adapter", "three"], monkeypatch)["adapters"] == (Path("three"),)
+    monkeypatch.delenv("ROBODUAL_GENERALIST_ADAPTERS")
+    monkeypatch.delenv("ROBODUAL_GENERALIST_CONSTRAINED")
+    seen = given("generalist", [], monkeypatch)
+    assert (seen["adapters"], seen["constrained"], seen["checkpoint"]) == ((), None, None)
+
+
+def test_specialist_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--checkpoint", "ema.pt", "--with-tactile", "--no-with-gripper", "--image-strategy", "letterbox"]
+    flags += ["--diffusion-steps", "5", "--guidance-scale", "1.5"]
+    assert given("specialist", flags, monkeypatch) == {
+        "profile": "toy",
+        "checkpoint": Path("ema.pt"),
+        "device": "auto",
+        "dtype": "auto",
+        "seed": 0,
+        "strategy": "letterbox",
+        "sensors": {"with_gripper": False, "with_tactile": True},
+        "diffusion_steps": 5,
+        "guidance_scale": 1.5,
+    }
+    assert given("specialist", [], monkeypatch)["sensors"] == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["--diffusion-steps", "0"], "diffusion_steps"),
+        (["--guidance-scale", "nan"], "guidance_scale"),
+        (["--image-strategy", "stretch"], "image_strategy"),
+    ],
+)
+def test_a_flag_out_of_range_is_one_line_that_names_it(flags: list[str], field: str) -> None:
+    result = CliRunner().invoke(app, ["serve", "specialist", *flags])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(field)
+
+
+def test_chosen_sampling_and_sensors_are_what_the_engine_runs() -> None:
+    engine = load_specialist(
+        "toy", device="cpu", sensors={"with_gripper": False}, diffusion_steps=3, guidance_scale=1.0
+    )
+    assert engine.facts.details["diffusion_steps"] == "3"
+    assert engine.facts.details["guidance_scale"] == "1"
+    assert "rgb_gripper" not in engine.sensors
+    with pytest.raises(ValueError, match="diffusion_steps must be 1 to 100"):
+        load_specialist("toy", device="cpu", diffusion_steps=101)
+
+
+def test_device_memory_is_shown_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 15_000_000_000)
+    assert facts.device_memory(torch.device("cuda:0")) == {"device_memory_bytes": "15000000000"}
+    assert facts.device_memory(torch.device("cpu")) == {}
+
+
+def test_saved_shards_can_be_read_by_the_user_who_serves_them(tmp_path: Path) -> None:
+    engine = load_generalist("toy", device="cpu")
+    save_checkpoint(tmp_path / "saved", engine.model, engine.processor.tokenizer, shards=3)
+    modes = {path.stat().st_mode for path in (tmp_path / "saved").iterdir()}
+    assert len(modes) == 1, "shards have the permissions of config.json"
