@@ -283,3 +283,23 @@ async def test_tls_is_spoken_where_it_is_configured_and_plain_text_refused(certi
             assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
         with pytest.raises(httpx.TransportError):
             await http(server, "/healthz")
+
+
+async def test_bytes_that_are_no_request_are_refused_and_not_an_error_of_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    request = wire.ActRequest(session_id="abcd", step=1).SerializeToString()
+    async with started() as server, channel_to(server) as channel:
+        stub = rpc.Stub(channel, rpc.SPECIALIST)
+        for unreadable in (b"\xff" * 100, request.replace(b"abcd", b"\xff\xfe\xfd\xfc")):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.Act(unreadable)
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert "robodual.v1.ActRequest" in str(refused.value.details())
+            stream = stub.ActStream()
+            await stream.write(unreadable)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stream.read()
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert (await stub.Act(wire.ActRequest(step=1))).step == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

@@ -10,11 +10,14 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
-from robodual.serving.errors import ServiceError
+from robodual.serving.errors import InvalidArgument, ServiceError
 from robodual.serving.metrics import Metrics
 
 logger = structlog.get_logger(__name__)
+
+Parse = Callable[[bytes], Any]
 
 UNTOUCHED = "/grpc.health.v1.Health/"  # its watchers never end, and it has nothing to say about errors
 
@@ -41,19 +44,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or details.method.startswith(UNTOUCHED):
             return handler
         method = details.method.rpartition("/")[2]
+        parse = handler.request_deserializer
+        # Requests are parsed here: gRPC's own answer to bytes that are none is UNKNOWN, and a traceback in the log.
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
-                self._stream(method, handler.stream_stream), handler.request_deserializer, handler.response_serializer
+                self._stream(method, handler.stream_stream, parse), None, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            self._unary(method, handler.unary_unary, parse), None, handler.response_serializer
         )
 
-    def _unary(self, method: str, answer: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-        async def guarded(request: Any, context: Any) -> Any:
+    def _unary(
+        self, method: str, answer: Callable[[Any, Any], Awaitable[Any]], parse: Parse | None
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def guarded(request: bytes, context: Any) -> Any:
             with self._counted():
                 try:
-                    response = await answer(request, context)
+                    response = await answer(_parsed(request, parse), context)
                 except Exception as error:
                     await self._abort(method, error, context)
                 else:
@@ -63,12 +70,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return guarded
 
     def _stream(
-        self, method: str, answers: Callable[[Any, Any], AsyncIterator[Any]]
+        self, method: str, answers: Callable[[Any, Any], AsyncIterator[Any]], parse: Parse | None
     ) -> Callable[[Any, Any], AsyncIterator[Any]]:
-        async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
+        async def guarded(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             with self._counted():
                 try:
-                    async for response in answers(requests, context):
+                    async for response in answers(_Messages(requests, parse), context):
                         self._metrics.requests.labels(method, "OK").inc()
                         yield response
                 except Exception as error:
@@ -97,3 +104,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             logger.error("failed", method=method, error_id=identity, exc_info=error)
         self._metrics.requests.labels(method, code.name).inc()
         await context.abort(code, message)
+
+
+class _Messages:
+    """A stream's requests, parsed as they are read."""
+
+    def __init__(self, requests: AsyncIterator[bytes], parse: Parse | None) -> None:
+        self._requests = requests
+        self._parse = parse
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        self._requests = aiter(self._requests)
+        return self
+
+    async def __anext__(self) -> Any:
+        return _parsed(await anext(self._requests), self._parse)
+
+
+def _parsed(request: bytes, parse: Parse | None) -> Any:
+    """The message in `request`; the bytes themselves for a handler that reads none. Raises `InvalidArgument`."""
+    if parse is None:
+        return request
+    try:
+        return parse(request)
+    except DecodeError as error:
+        raise InvalidArgument(f"request: {error}") from error
