@@ -17,7 +17,6 @@ from robodual_client.calvin.options import shard
 from robodual_client.calvin.results import merge
 
 FIFTY = tuple(range(50))
-Make = Callable[..., Options]
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -26,7 +25,9 @@ def kill_a_worker(runner: int) -> None:
     os.kill(workers_of(runner)[0], signal.SIGKILL)
 
 
-def test_shards_whose_workers_and_runner_were_killed_merge_to_the_whole_run(options: Make, tmp_path: Path) -> None:
+def test_shards_whose_workers_and_runner_were_killed_merge_to_the_whole_run(
+    options: Callable[..., Options], tmp_path: Path
+) -> None:
     whole = evaluate(options("whole", FIFTY))
     pause = {"pause": 0.005}
     halves = [options(f"half-{part}", shard(FIFTY, f"{part}/2"), workers=2, policy_options=pause) for part in (1, 2)]
@@ -64,7 +65,9 @@ def kill_and_restart(pair: Any, service: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_through_services_that_were_killed_equals_an_undisturbed_one(options: Make, pair: Any) -> None:
+def test_a_run_through_services_that_were_killed_equals_an_undisturbed_one(
+    options: Callable[..., Options], pair: Any
+) -> None:
     served = {"policy": "services", "policy_options": pair.addresses, "env_options": {"wild": True}, "ep_len": 6}
     whole = evaluate(options("whole", FIFTY, workers=2, **served))
     disturbed = options("disturbed", FIFTY, workers=2, **served)
