@@ -42,6 +42,17 @@ def test_a_film_shows_every_step_in_what_browsers_play(tmp_path: Path) -> None:
     assert sorted(file.name for file in path.parent.iterdir()) == ["0000.jpg", "0000.mp4"]
 
 
+def test_a_film_may_be_a_gif(options: Callable[..., Options], tmp_path: Path) -> None:
+    results = evaluate(options(numbers=(0,), video="all", video_format="gif", ep_len=40, policy_options={"skill": 0.0}))
+    assert results.sequences[0].video == "videos/0000.gif"
+    path = tmp_path / "run" / "videos" / "0000.gif"
+    assert path.read_bytes().startswith(b"GIF89a")
+    assert frames(path) == pytest.approx((41 + HOLD) / 3, abs=2)  # ten a second of thirty
+    assert all(
+        (tmp_path / "run" / link).is_file() for link in Links(write(results, tmp_path / "run").read_text()).found
+    )
+
+
 def test_a_film_that_is_cut_short_leaves_nothing(tmp_path: Path) -> None:
     obs = FakeTable().reset(*published()[0].observations())
 

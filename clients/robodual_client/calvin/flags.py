@@ -11,6 +11,7 @@ from robodual_client.calvin.options import (
     ENVIRONMENTS,
     POLICIES,
     VIDEO,
+    VIDEO_FORMATS,
     EvaluationError,
     Options,
     parse_numbers,
@@ -61,6 +62,7 @@ def add(parser: argparse.ArgumentParser, *, sweep: bool = False) -> None:
 
     seeing = parser.add_argument_group("seeing (extra `report`)")
     seeing.add_argument("--video", choices=VIDEO, default="none", help="which sequences to film (none)")
+    seeing.add_argument("--video-format", choices=VIDEO_FORMATS, default="mp4", help="(mp4)")
     seeing.add_argument("--no-report", action="store_true", help="write no report.html")
 
 
@@ -112,6 +114,7 @@ def options(given: argparse.Namespace) -> Options:
         inject_delay=_latency(given.inject_delay),
         workers=given.workers,
         video=given.video,
+        video_format=given.video_format,
         resume=given.resume,
     )
 

@@ -25,6 +25,7 @@ POLICIES = {
 }
 SERVICES = ("generalist", "specialist")
 VIDEO = ("none", "failures", "all")
+VIDEO_FORMATS = ("mp4", "gif")
 
 
 class EvaluationError(RoboDualError):
@@ -58,6 +59,7 @@ class Options:
     inject_delay: Mapping[str, float] = field(default_factory=dict)
     workers: int = 1
     video: str = "none"
+    video_format: str = "mp4"
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +77,8 @@ class Options:
             raise EvaluationError(f"seed: must lie in 0..2^32-1, got {self.seed}")
         if self.video not in VIDEO:
             raise EvaluationError(f"video: must be one of {', '.join(VIDEO)}, got {self.video!r}")
+        if self.video_format not in VIDEO_FORMATS:
+            raise EvaluationError(f"video_format: must be {' or '.join(VIDEO_FORMATS)}, got {self.video_format!r}")
         self._check_pace()
         for name, value, known in (("env", self.env, ENVIRONMENTS), ("policy", self.policy, POLICIES)):
             if value not in known and ":" not in value:

@@ -112,5 +112,5 @@ def _sequence(record: Record) -> dict[str, Any]:
         "chain": chain,
         "seconds": record.seconds,
         "video": record.video,
-        "poster": record.video.replace(".mp4", ".jpg") if record.video else None,
+        "poster": Path(record.video).with_suffix(".jpg").as_posix() if record.video else None,
     }

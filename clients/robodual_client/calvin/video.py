@@ -1,4 +1,4 @@
-"""A sequence as an MP4 that browsers play: both cameras, the instruction, the chain so far. Extra `report`."""
+"""A sequence as an MP4 that browsers play, or a GIF: both cameras, instruction, chain so far. Extra `report`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ WIDTH, HEIGHT = 2 * PANEL, PANEL + CAPTION
 _MARKS = WIDTH - 150  # where the chain's marks begin
 HOLD = 15  # frames for which a subtask's last picture stays, with its verdict
 
+_H264 = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "27", "-pix_fmt", "yuv420p", "-movflags", "+faststart")
+# A palette for each picture, so that none has to wait for the last one.
+_PALETTE = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none"
+_ENCODING = {".mp4": _H264, ".gif": ("-vf", f"fps=10,scale=480:-2:flags=lanczos,{_PALETTE}")}
+
 _INK, _MUTED, _GROUND, _TRACK = (236, 239, 244), (146, 155, 168), (17, 20, 25), (44, 50, 60)
 _GOOD, _BAD, _ACCENT = (52, 199, 124), (240, 92, 92), (92, 156, 255)
 
@@ -25,13 +30,13 @@ _GOOD, _BAD, _ACCENT = (52, 199, 124), (240, 92, 92), (92, 156, 255)
 class Video:
     """Encodes while the sequence runs; a rollout's watcher, and a context manager.
 
-    The file appears at `path` when the block ends without an error, with a JPEG of its last picture beside it; a
-    sequence that was cut short leaves neither.
+    The file, .mp4 or .gif, appears at `path` when the block ends without an error, with a JPEG of its last picture
+    beside it; a sequence that was cut short leaves neither.
     """
 
     def __init__(self, path: Path, tasks: int, ep_len: int) -> None:
         self._path, self._ep_len = path, ep_len
-        self._part = path.with_suffix(".part.mp4")
+        self._part = path.with_suffix(f".part{path.suffix}")
         self._verdicts: list[bool] = []
         self._tasks = tasks
         self._large, self._small = ImageFont.load_default(18), ImageFont.load_default(14)
@@ -42,8 +47,8 @@ class Video:
             [
                 *(imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"),
                 *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-r", str(RATE), "-i", "-"),
-                *("-c:v", "libx264", "-preset", "veryfast", "-crf", "27", "-pix_fmt", "yuv420p", "-threads", "1"),
-                *("-movflags", "+faststart", str(self._part)),
+                *_ENCODING[path.suffix],
+                *("-threads", "1", str(self._part)),
             ],
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,

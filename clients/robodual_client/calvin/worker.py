@@ -80,7 +80,7 @@ def _run(job: dict[str, Any], env: Environment, make_policy: Callable[..., Polic
             return record_of(None).to_json()
         from robodual_client.calvin.video import Video  # Pillow and ffmpeg come with the extra `report`
 
-        path = Path(job["out"]) / "videos" / f"{number:04d}.mp4"
+        path = Path(job["out"]) / "videos" / f"{number:04d}.{job['video_format']}"
         with Video(path, len(sequence.tasks), job["ep_len"]) as video:
             record = record_of(video)
         if job["video"] == "failures" and record.solved == len(record.tasks):

@@ -65,6 +65,7 @@ class Workers:
             "seed": options.seed,
             "ep_len": options.ep_len,
             "video": options.video,
+            "video_format": options.video_format,
             "out": str(options.out),
         }
         self._left = set(numbers)
