@@ -119,7 +119,8 @@ def _settings(kind: type[S], context: typer.Context) -> S:
         return kind(**{name: value for name, value in context.params.items() if value not in (None, ())})
     except ValidationError as error:
         for fault in error.errors():
-            stderr.print(f"[red]{'.'.join(map(str, fault['loc'])) or 'settings'}[/]: {fault['msg']}")
+            said = fault["msg"].removeprefix("Value error, ")
+            stderr.print(f"[red]{'.'.join(map(str, fault['loc'])) or 'settings'}[/]: {escape(said)}", soft_wrap=True)
         raise typer.Exit(2) from None
 
 
@@ -172,7 +173,7 @@ def _pair(options: Options, log: Callable[[str, str], None]) -> Iterator[Pair]:
             pair.start()
         yield pair
     except PairError as error:
-        stderr.print(f"[red]{escape(str(error))}[/]")
+        stderr.print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -220,7 +221,7 @@ def demo(
         console.rule("the same by the scripted expert, without services")
         shown.append(("scripted expert", *run(sequences, workers, folder / "expert", "expert")))
     except EvaluationError as error:
-        stderr.print(f"[red]{escape(str(error))}[/]")
+        stderr.print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -96,7 +96,10 @@ def _machine() -> Iterator[Finding]:
 
 
 async def _redis(url: str) -> Finding:
-    client: Any = redis.asyncio.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2)
+    try:
+        client: Any = redis.asyncio.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2)
+    except ValueError as error:
+        return Finding("redis", "fault", f"{_without_password(url)}: {error}", "correct ROBODUAL_REDIS_URL")
     try:
         server = await client.info("server")
     except (redis.exceptions.RedisError, OSError) as error:

@@ -73,6 +73,7 @@ class Pair:
         return {**threads, **os.environ, **self.options.settings, "ROBODUAL_REDIS_URL": self.redis_url}
 
     def start(self) -> None:
+        self._check_ports()
         try:
             if not self.redis_url:
                 self._redis = EmbeddedServer()
@@ -115,6 +116,13 @@ class Pair:
 
     def __exit__(self, *error: object) -> None:
         self.stop()
+
+    def _check_ports(self) -> None:
+        """A service of another pair would answer for one of ours that is still starting, and look ready."""
+        for name in SERVICES:
+            for flag, port in ((f"--{name}-port", self.ports[name]), (f"--{name}-http-port", self.http_ports[name])):
+                if not _is_free(port):
+                    raise PairError(f"port {port} is taken: does another pair run? Choose a free one with {flag}")
 
     def _spawn(self, name: str) -> None:
         command = [sys.executable, "-m", "robodual", "serve", name, "--profile", self.options.profile]
@@ -165,6 +173,17 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # As the services do: connections that linger from an earlier pair do not matter.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def _is_ready(http_port: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,6 +100,27 @@ def test_a_service_that_cannot_start_is_reported_with_its_own_words() -> None:
 
     with pytest.raises(PairError, match="no-such-profile"), Pair(options):
         pass
+
+
+def test_a_port_of_another_pair_is_refused_before_anything_starts() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        options = Options(http_ports={"generalist": 0, "specialist": port})
+
+        with pytest.raises(PairError, match=f"port {port} is taken.*--specialist-http-port"), Pair(options):
+            pass
+
+
+def test_a_store_out_of_reach_from_the_start_is_said_in_the_log() -> None:
+    said: list[str] = []
+    options = Options(redis_url="redis://127.0.0.1:1/0", start_timeout=20)
+
+    with pytest.raises(PairError, match="was not ready"), Pair(options, lambda service, line: said.append(line)):
+        pass
+
+    assert any("store out of reach" in line for line in said), said
 
 
 def _up(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:

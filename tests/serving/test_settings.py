@@ -77,3 +77,9 @@ def test_a_weak_token_is_refused_without_being_shown(token: str) -> None:
 def test_half_of_a_tls_pair_is_refused() -> None:
     with pytest.raises(ValidationError, match="both or neither"):
         GeneralistSettings(tls_certificate=Path("certificate.pem"))
+
+
+def test_a_tls_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "certificate.pem").touch()
+    with pytest.raises(ValidationError, match=r"tls_key: .*absent\.key is no file"):
+        GeneralistSettings(tls_certificate=tmp_path / "certificate.pem", tls_key=tmp_path / "absent.key")

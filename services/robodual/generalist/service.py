@@ -152,15 +152,18 @@ def _load(settings: GeneralistSettings) -> GeneralistEngine:
 
 async def _watch(store: Store, readiness: Readiness, metrics: Metrics) -> None:
     """Keeps readiness to whether the store answers."""
+    lost = False
     while True:
         try:
             await store.ping()
         except StoreUnavailable as error:
-            if "store" not in readiness.missing:
-                logger.warning("store lost", reason=str(error))
+            if not lost:
+                logger.warning("store out of reach", reason=str(error))
+            lost = True
             readiness.lack("store", str(error))
             metrics.store_up.set(0)
         else:
+            lost = False
             readiness.meet("store")
             metrics.store_up.set(1)
         await asyncio.sleep(HEARTBEAT)

@@ -80,6 +80,10 @@ class Settings(BaseSettings):
     def _check_exposure(self) -> Settings:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key: give both or neither")
+        for name in ("tls_certificate", "tls_key"):
+            path: Path | None = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name}: {path} is no file")
         if not is_loopback(self.host) and not self.tokens and not self.insecure:
             raise ValueError(
                 f"host: {self.host} can be reached from other machines; set tokens (ROBODUAL_TOKENS), "
