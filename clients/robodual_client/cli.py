@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
-    except (EvaluationError, ValueError) as error:
+    except (EvaluationError, ValueError, OSError) as error:
         raise SystemExit(f"robodual-client: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None

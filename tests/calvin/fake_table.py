@@ -128,6 +128,20 @@ def _tuples(contacts: set[Contact]) -> tuple[Contact, ...]:
     return tuple((0, 99, body, 0, link) for body, link in sorted(contacts))
 
 
+class Idle:
+    """Looks, and holds still: not the policy `zero`, for which a simulator need not draw."""
+
+    def __init__(self, env: Any, seed: int) -> None:
+        pass
+
+    def reset(self, instruction: str) -> None:
+        pass
+
+    def step(self, obs: dict[str, Any]) -> np.ndarray:
+        assert obs["rgb_obs"]["rgb_static"].shape == (200, 200, 3)
+        return np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+
+
 class Scripted:
     """Does the asked task at its third step with probability `skill`, decided by its seed alone.
 

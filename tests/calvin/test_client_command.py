@@ -105,9 +105,40 @@ def test_what_can_be_known_before_the_first_sequence_is_one_line(
     assert "inject_delay: 'generalist' must be" in refused(capsys, "evaluate", *out, "--inject-delay", "generalist")
     assert "go with --env calvin" in refused(capsys, "evaluate", *out, "--scene", "D")
     assert "holds no evaluation" in refused(capsys, "compare", str(tmp_path), str(tmp_path))
-    assert "No module named 'gazebo'" in refused(capsys, "evaluate", *FAKE[2:], *out, "--env", "gazebo:World")
+    nowhere = refused(capsys, "evaluate", *FAKE[2:], *out, "--env", "gazebo:World")
+    assert nowhere == "robodual-client: gazebo:World cannot start: ModuleNotFoundError: No module named 'gazebo'"
+    assert "policy gazebo:Brain cannot start" in refused(capsys, "evaluate", *out, "--policy", "gazebo:Brain")
     nobody = ["--generalist", "127.0.0.1:9", "--specialist", "127.0.0.1:9"]
     assert "127.0.0.1:9" in refused(capsys, "evaluate", "--env", "fake_table:FakeTable", *nobody, *out)
+
+
+def test_a_missing_or_wrong_checkout_is_one_line_before_the_first_sequence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CALVIN_ROOT", raising=False)
+    out = tmp_path / "run"
+    command = ["evaluate", "--env", "calvin", "--policy", "zero", "--out", str(out)]
+    assert "calvin cannot start: no calvin_env checkout given" in refused(capsys, *command)
+    wrong = refused(capsys, *command, "--calvin-root", str(tmp_path))
+    assert "it should be a checkout of mees/calvin_env" in wrong
+    assert not (out / "sequences.jsonl").exists()
+
+
+@pytest.mark.skipif("CALVIN_ROOT" not in os.environ, reason="CALVIN_ROOT is not set: needs a checkout of calvin_env")
+def test_without_a_display_or_egl_calvin_runs_on_the_cpu_and_egl_by_name_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for display in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(display, raising=False)
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", str(tmp_path / "no-driver.json"))
+    command = ["evaluate", "--env", "calvin", "--policy", "fake_table:Idle", "--num-sequences", "1", "--ep-len", "3"]
+    with pytest.raises(SystemExit) as exited:
+        main([*command, "--render", "egl", "--out", str(tmp_path / "egl")])
+    assert "calvin cannot start: --render egl: EGL does not work here" in str(exited.value.code)
+    assert not (tmp_path / "egl" / "sequences.jsonl").exists()
+    main([*command, "--out", str(tmp_path / "auto")])
+    assert "80 ms a step on the CPU" in capfd.readouterr().err
+    assert (tmp_path / "auto" / "sequences.jsonl").read_text().count("\n") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,6 +161,15 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_is_done(tmp_path:
     assert "Traceback" not in ended.stderr
     assert "File too large" in ended.stderr.splitlines()[-1]
     assert "--resume" in ended.stderr.splitlines()[-1]
+    full = subprocess.run(
+        [*command, "--out", str(tmp_path / "other")],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+    )
+    assert full.returncode == 1
+    assert len(full.stderr.splitlines()) == 1
+    assert "File too large" in full.stderr
     main(["evaluate", *FAKE, "--num-sequences", "20", "--out", str(tmp_path / "run"), "--resume"])
     assert (tmp_path / "run" / "sequences.jsonl").read_text().count("\n") == 20
 

@@ -32,8 +32,8 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
     todo = [number for number in options.numbers if number not in run.sequences]
     entry = provenance.collect(options, services)
     run.provenance.append(entry)
-    _write_run(options.out, run)
     try:
+        _write_run(options.out, run)
         try:
             with progress or choose(len(run.sequences) + len(todo)) as shown:
                 sensors = services["specialist"]["sensors"] if services else ()

@@ -24,6 +24,7 @@ from robodual_client.calvin.records import Record
 from robodual_client.calvin.roles import Environment, Policy, Watcher
 from robodual_client.calvin.rollout import run_sequence
 from robodual_client.calvin.sequences import published
+from robodual_client.errors import RoboDualError
 from robodual_client.observation import encode
 
 
@@ -35,9 +36,11 @@ def run(lines: TextIO, answers: TextIO) -> None:
         answers.flush()
 
     job = json.loads(lines.readline())
+    starting = f"policy {job['policy']}"
     try:
-        env: Environment = resolve(job["env"])(**job["env_options"])
         make_policy = resolve(job["policy"])
+        starting = job["env_name"]
+        env: Environment = resolve(job["env"])(**job["env_options"])
         if job["sensors"]:
             robot_obs, scene_obs = published()[0].observations()
             encode(env.reset(robot_obs=robot_obs, scene_obs=scene_obs), job["sensors"])
@@ -45,7 +48,7 @@ def run(lines: TextIO, answers: TextIO) -> None:
         traceback.print_exc()
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         cure = "; install it with: pip install 'robodual-client[sim]'" if missing == "pybullet" else ""
-        answer({"fatal": f"{job['env']} cannot start: {_one_line(error)}{cure}"})
+        answer({"fatal": f"{starting} cannot start: {_one_line(error)}{cure}"})
         return
     try:
         answer({"ready": dict(getattr(env, "facts", {}))})
@@ -118,7 +121,8 @@ def _numbers(lines: TextIO) -> Iterator[int]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    kind = "" if isinstance(error, RoboDualError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())
 
 
 def _terminate(*_: object) -> NoReturn:

@@ -56,6 +56,7 @@ class Workers:
         env, policy = options.factories()
         job = {
             "env": env,
+            "env_name": options.env,
             "env_options": options.simulator(),
             "policy": policy,
             **_policy_options(options),
