@@ -69,6 +69,29 @@ async def test_the_engine_is_given_the_cut_reference_and_the_noise_of_the_step(
     assert seen[1].previous is not None
 
 
+async def test_a_step_beyond_what_can_be_counted_is_refused_and_spoils_nothing(replica: Replica, store: Store) -> None:
+    await opened(replica, store)
+
+    code, message = await status(replica.stub.Act(act("robot", 2**31), timeout=30))
+
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert message == "step: expected at most 2147483647, got 2147483648"
+    assert (await drive(replica, range(1)))[0].step == 0
+
+
+async def test_a_conditioning_past_its_age_is_looked_for_in_the_store_before_the_step_is_refused(
+    replica: Replica, store: Store
+) -> None:
+    await opened(replica, store)
+    await drive(replica, range(1))
+    with redis.Redis.from_url(await url_of(store)) as client:  # stored, its announcement not here yet
+        client.hset(KEY, mapping={"episode": 1, "step": 90, "record": codec.encode(conditioning(1, 90))})
+
+    answer = await replica.stub.Act(act("robot", 91), timeout=30)
+
+    assert answer.conditioning == version(1, 90)
+
+
 async def url_of(store: Store) -> str:
     arguments = store._redis.connection_pool.connection_kwargs
     return f"redis://:{arguments['password']}@{arguments['host']}:{arguments['port']}/0"

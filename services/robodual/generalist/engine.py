@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from robodual.device import choose
 from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, device_memory, hash_state_dict
 from robodual.generalist.adapters import read_adapter
 from robodual.generalist.checkpoint import read_checkpoint
@@ -116,7 +116,7 @@ def load_generalist(
     if adapters and checkpoint is None:
         raise ValueError("adapters: need the checkpoint that they were trained on")
     config = PROFILES[profile].generalist
-    place = _device(device)
+    place = choose(device)
     kind = _dtype(dtype, place)
     chosen = _attention(attention, place, kind)
     check_quantisation(quantisation, place)
@@ -154,17 +154,6 @@ def load_generalist(
         details=details,
     )
     return GeneralistEngine(model, processor, facts, constrained=restricted)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -14,16 +14,23 @@ from robodual.serving.errors import InvalidArgument
 from robodual.serving.images import decode_image, is_compressed
 from robodual_client import wire
 
+LAST = 2**31 - 1  # recovery states carry steps as int32
 _LABELS = ("episode", "step")
 _SESSION = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 def session_id(request: Any) -> str:
-    """The request's session, which the log's lines carry from here on. Raises `InvalidArgument`."""
+    """The request's session, which the log's lines carry from here on.
+
+    Raises `InvalidArgument` for a name that is none, and for an episode or step that no control loop can count.
+    """
     session: str = request.session_id
     if not _SESSION.fullmatch(session):
         raise InvalidArgument("session_id: expected 1 to 64 characters of [A-Za-z0-9_.-]")
     labels = {name: getattr(request, name) for name in _LABELS if name in request.DESCRIPTOR.fields_by_name}
+    for name, value in labels.items():
+        if value > LAST:
+            raise InvalidArgument(f"{name}: expected at most {LAST}, got {value}")
     structlog.contextvars.bind_contextvars(session=session, **labels)
     return session
 

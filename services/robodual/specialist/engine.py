@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from robodual.device import choose
 from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, device_memory, hash_state_dict
 from robodual.images import Strategy
 from robodual.profiles import PROFILES
@@ -203,8 +204,7 @@ def load_specialist(
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype must be auto, {' or '.join(DTYPES)}, not {dtype!r}")
     config = PROFILES[profile].specialist
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = choose(device)
     if checkpoint is None:
         policy = Policy(replace(config, **(sensors or {}))).initialize(seed)
     else:
@@ -213,7 +213,7 @@ def load_specialist(
         policy.config = replace(policy.config, diffusion_steps=diffusion_steps)
     if guidance_scale is not None:
         policy.config = replace(policy.config, guidance_scale=guidance_scale)
-    policy.to(torch.device(device), DTYPES["float32" if dtype == "auto" else dtype])
+    policy.to(place, DTYPES["float32" if dtype == "auto" else dtype])
     return SpecialistEngine(policy, _facts(profile, policy, strategy), strategy)
 
 

@@ -202,11 +202,13 @@ class SpecialistService:
         least = Version(request.min_conditioning.episode, request.min_conditioning.step)
         if least > (request.episode, step):
             raise InvalidArgument(f"min_conditioning: expected at most this episode and step, got {tuple(least)}")
+        most = self._settings.max_age_steps
         found = session.usable(step)
         if request.HasField("min_conditioning"):
             if found is None or found.version < least:
                 found = await self._await_conditioning(session, step, least, deadline)
-        elif found is None:
+        elif found is None or step - found.version.step > most:
+            # Its announcement may be on its way still.
             await self._feed.refresh(session)
             found = session.usable(step)
             if found is None:
@@ -216,7 +218,7 @@ class SpecialistService:
                     f"no conditioning of episode {session.episode} up to step {step} yet: ask the generalist for one, "
                     f"and name it in min_conditioning to wait for it{reason}"
                 )
-        age, most = step - found.version.step, self._settings.max_age_steps
+        age = step - found.version.step
         if age > most:
             raise FailedPrecondition(
                 f"the conditioning is of step {found.version.step}, {age} steps ago; at most {most}"

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from robodual.device import choose
+
 
 @dataclass(frozen=True)
 class Group:
@@ -66,16 +68,5 @@ def joined(device: str = "auto") -> Iterator[Group]:
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0 if local_rank is None else local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(
-                f"device: {device} is not there; this machine has {torch.cuda.device_count()} CUDA devices"
-            )
-    return device
+    device = choose(name)
+    return device if local_rank is None or device.type != "cuda" else choose(f"cuda:{local_rank}")

@@ -25,7 +25,7 @@ def option(*names: str, **settings: Any) -> Any:
 
 DataFolder = Annotated[Path, typer.Argument(help="A data set in CALVIN's format, or one split of it.")]
 Output = Annotated[Path, option("--output", help="Where checkpoints and logs go.")]
-Profile = Annotated[str, option("--profile", help="Model shapes: robodual-7b, playtable or toy.")]
+Profile = Annotated[str, option("--profile", help="Model shapes: robodual-7b or toy.")]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.")]
 Generalist = Annotated[
     str | None, option("--generalist", help="Its checkpoint: a folder or hub id. Without it, random weights.")

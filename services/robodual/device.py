@@ -1,0 +1,23 @@
+"""Where a model runs."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+
+def choose(name: str) -> torch.device:
+    """The device called `name`: auto (CUDA where there is one), cpu, cuda or cuda:N.
+
+    Raises:
+        ValueError: for another name, or a device that this machine lacks.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
