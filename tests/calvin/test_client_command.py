@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -209,3 +210,13 @@ def test_the_doctor_shows_what_it_found_and_a_fault_is_a_status(
 def test_the_doctor_finds_nothing_wrong_with_the_published_simulator(capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor", "calvin"])
     assert "bit for bit" in capsys.readouterr().out
+
+
+def test_every_flag_of_an_evaluation_is_on_its_page(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    for command in ("evaluate", "sweep", "doctor", "merge", "compare"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+        assert {flag for flag in flags if flag not in page} == set(), command
+        assert command in page
