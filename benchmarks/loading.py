@@ -26,7 +26,7 @@ from robodual import tensor_file
 from robodual.generalist.config import GeneralistConfig, LanguageConfig
 from robodual.generalist.engine import load_generalist
 from robodual.generalist.model import build
-from robodual.generalist.tokens import byte_tokenizer
+from robodual.generalist.tokenizer import byte_tokenizer
 from robodual.inspection import inspect
 
 MB = 1 << 20

@@ -97,6 +97,9 @@ def specialist(
     with_tactile: Sensor = None,
     diffusion_steps: Annotated[int | None, typer.Option(help="DDIM steps of an answer; published: 10.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1: no guidance; published: 3.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="generalist or specialist: one half alone, to see what each contributes.")
+    ] = None,
     host: Host = None,
     port: Port = None,
     http_port: HttpPort = None,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from robodual.generalist.config import GeneralistConfig
+from tokenizers import Tokenizer
+
+from robodual.generalist.config import GeneralistConfig, TokenConfig
+from robodual.generalist.tokenizer import byte_tokenizer, word_tokenizer
 from robodual.specialist.config import SpecialistConfig
 
 
@@ -12,9 +16,11 @@ from robodual.specialist.config import SpecialistConfig
 class Profile:
     generalist: GeneralistConfig
     specialist: SpecialistConfig
+    tokenizer: Callable[[TokenConfig], Tokenizer] = byte_tokenizer  # of a generalist without a checkpoint
 
 
 PROFILES = {
     "robodual-7b": Profile(GeneralistConfig.published(), SpecialistConfig.published()),
+    "playtable": Profile(GeneralistConfig.playtable(), SpecialistConfig.playtable(), word_tokenizer),
     "toy": Profile(GeneralistConfig.toy(), SpecialistConfig.toy()),
 }

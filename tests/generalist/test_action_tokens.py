@@ -7,7 +7,8 @@ import pytest
 
 from robodual.generalist.config import GeneralistConfig, ImageConfig, TokenConfig
 from robodual.generalist.processor import Processor
-from robodual.generalist.tokens import byte_tokenizer, decode_actions, encode_actions
+from robodual.generalist.tokenizer import byte_tokenizer
+from robodual.generalist.tokens import decode_actions, encode_actions
 
 PUBLISHED = TokenConfig()
 

@@ -18,17 +18,17 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny import SOURCE, SPECIALIST, data, settings
-from robodual.specialist import denoiser
+from dataclasses import replace
 from robodual.training.runs import GeneralistOptions, train_generalist, train_specialist
 
 model, folder, output, batch = sys.argv[2], data(Path(sys.argv[3])), Path(sys.argv[4]), int(sys.argv[5])
-denoiser.ATTENTION_DROPOUT = 0.0  # its random numbers belong to the process
 losses = []
 values = settings(output, 4, batch_size=batch, save_steps=2)
 def report(shown):
     losses.append(shown.loss)
 if model == "specialist":
-    train_specialist(SOURCE, folder, SPECIALIST, values, report=report)
+    options = replace(SPECIALIST, attention_dropout=0.0)  # its random numbers belong to the process
+    train_specialist(SOURCE, folder, options, values, report=report)
 else:
     train_generalist(SOURCE, folder, GeneralistOptions(lora_rank=4), values, report=report)
 if losses:

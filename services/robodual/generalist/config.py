@@ -270,6 +270,17 @@ class GeneralistConfig:
         return cls((dino, siglip), language, tokens, ImageConfig(), constrained=True)
 
     @classmethod
+    def playtable(cls) -> GeneralistConfig:
+        """The same architecture, small enough to train on a CPU; its tokenizer knows words (`word_tokenizer`)."""
+        dino = TowerConfig(96, 3, 3, 384, patch=16, image_size=96, registers=4, layer_scale=True)
+        siglip = TowerConfig(96, 3, 3, 384, patch=16, image_size=96, class_token=False)
+        language = LanguageConfig(
+            vocabulary=1024, width=160, mlp_width=448, layers=3, heads=5, key_value_heads=5, positions=1024
+        )
+        tokens = TokenConfig(bos=1, eos=2, pad=0, separator=3, action_end=960)
+        return cls((dino, siglip), language, tokens, ImageConfig(size=96), constrained=True)
+
+    @classmethod
     def from_huggingface(
         cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None, constrained: bool = False
     ) -> GeneralistConfig:

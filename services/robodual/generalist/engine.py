@@ -19,7 +19,7 @@ from robodual.generalist.decoding import decode
 from robodual.generalist.model import Generalist, build, randomise
 from robodual.generalist.processor import Processor
 from robodual.generalist.quantisation import check_quantisation, quantisable, quantise
-from robodual.generalist.tokens import ACTION, CHUNK, byte_tokenizer, decode_actions, encode_actions
+from robodual.generalist.tokens import ACTION, CHUNK, decode_actions, encode_actions
 from robodual.generalist.weights import load_weights
 from robodual.profiles import PROFILES
 
@@ -121,7 +121,7 @@ def load_generalist(
     chosen = _attention(attention, place, kind)
     check_quantisation(quantisation, place)
     if checkpoint is None:
-        tokenizer = byte_tokenizer(config.tokens)
+        tokenizer = PROFILES[profile].tokenizer(config.tokens)
         model = build(config, attention=chosen, dtype=kind)
         parameters = count_parameters(model)
         randomise(model, place, seed)

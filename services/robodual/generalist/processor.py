@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from robodual.generalist.config import ImageConfig, TokenConfig
+from robodual.generalist.tokenizer import prompt_text
 
 
 class ImageProcessor:
@@ -66,8 +67,7 @@ class Processor:
 
     def prompt(self, instruction: str) -> list[int]:
         """Token ids of OpenVLA's prompt for an instruction: BOS first, the separator that it was trained with last."""
-        text = f"In: What action should the robot take to {instruction.lower()}?\nOut:"
-        ids: list[int] = self.tokenizer.encode(text).ids
+        ids: list[int] = self.tokenizer.encode(prompt_text(instruction)).ids
         if ids[:1] != [self.tokens.bos]:
             ids = [self.tokens.bos, *ids]
         return [*ids, self.tokens.separator]

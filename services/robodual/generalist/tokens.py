@@ -1,4 +1,4 @@
-"""Actions as tokens: the layout of a generated chunk, its bins, and the tokenizer of models that ship none.
+"""Actions as tokens: the layout of a generated chunk, and its bins.
 
 A chunk is 64 tokens: eight actions of seven action tokens, a separator after each of the first seven actions, and the
 end token last.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from robodual.generalist.config import TokenConfig
 
@@ -51,25 +50,3 @@ def decode_actions(ids: npt.NDArray[np.int64], tokens: TokenConfig) -> tuple[npt
         previous = row
     breaks = np.count_nonzero(~valid) + np.count_nonzero(grid[:-1, ACTION] != tokens.separator)
     return actions.astype(np.float32), int(breaks + (grid[-1, ACTION] != tokens.eos))
-
-
-def byte_tokenizer(tokens: TokenConfig) -> Tokenizer:
-    """A tokenizer of one token a byte of UTF-8, for models without published tokenizer files.
-
-    The bytes take the 256 lowest ids that no special or action token has. Like Llama's, it puts BOS in front.
-    """
-    names = {tokens.pad: "<pad>", tokens.bos: "<s>", tokens.eos: "</s>", tokens.separator: "<separator>"}
-    taken = names.keys() | range(tokens.action_start, tokens.action_end)
-    free = (token for token in range(tokens.action_end + 256) if token not in taken)
-    vocabulary = {name: token for token, name in names.items()}
-    vocabulary |= {character: next(free) for character in sorted(pre_tokenizers.ByteLevel.alphabet())}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            pre_tokenizers.Split(Regex("."), behavior="isolated"),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokens.bos)])
-    return tokenizer

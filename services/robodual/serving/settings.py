@@ -133,6 +133,9 @@ class SpecialistSettings(Settings):
     with_tactile: bool | None = None
     diffusion_steps: int | None = Field(None, ge=1, le=100, description="by default the checkpoint's: 10 as published")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="1: no guidance; 3 as published")
+    only: Literal["generalist", "specialist"] | None = Field(
+        None, description="one half of the pair alone: the reference chunk's own actions, or none of the conditioning"
+    )
     port: Port = 50052
     http_port: Port = 8052
     max_sessions: Count = 256

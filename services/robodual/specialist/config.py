@@ -83,6 +83,27 @@ class SpecialistConfig:
             heads=4,
         )
 
+    @classmethod
+    def playtable(cls) -> SpecialistConfig:
+        """The published architecture, small enough to train on a CPU; without guidance."""
+        return cls(
+            context_width=160,
+            image_size=96,
+            tactile_size=96,
+            patch_size=12,
+            vision_width=96,
+            vision_blocks=3,
+            vision_heads=3,
+            depth_width=48,
+            depth_blocks=1,
+            depth_heads=3,
+            depth_head_width=16,
+            width=160,
+            blocks=4,
+            heads=5,
+            guidance_scale=1.0,
+        )
+
     @property
     def sensors(self) -> tuple[str, ...]:
         """The sensors that the model reads, by the names of the wire format."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from robodual.specialist.adapters import Pooling, Resampler
 from robodual.specialist.config import ACTION, CHUNK, SpecialistConfig
 
-ATTENTION_DROPOUT = 0.1  # on attention weights, in training
+ATTENTION_DROPOUT = 0.1  # on attention weights, in training; `Policy.set_attention_dropout` changes it
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 ROTARY_BASE = 10000.0
 
@@ -62,11 +62,12 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.rotary_emb = Rotary(width // heads)
+        self.dropout = ATTENTION_DROPOUT
 
     def forward(self, x: Tensor) -> Tensor:
         # x: [B, L, D]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        dropout = ATTENTION_DROPOUT if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(self.rotary_emb(q), self.rotary_emb(k), v, dropout_p=dropout)
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out
@@ -82,6 +83,7 @@ class CrossAttention(nn.Module):
         self.l_proj = nn.Linear(width, width)
         self.values_l_proj = nn.Linear(width, width)
         self.out_v_proj = nn.Linear(width, width)
+        self.dropout = ATTENTION_DROPOUT
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         # x: [B, L, D], context: [B, S, D], mask: [B, 1, 1, S], True where the context counts
@@ -89,7 +91,7 @@ class CrossAttention(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in (self.v_proj(x), self.l_proj(context), self.values_l_proj(context))
         )
-        dropout = ATTENTION_DROPOUT if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         out: Tensor = self.out_v_proj(mixed.transpose(1, 2).flatten(2))
         return out
@@ -106,8 +108,10 @@ class CrossAttentionBlock(nn.Module):
         self.gamma_v = nn.Parameter(torch.full((width,), 1e-4))
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        # x: [B * N, L, D], context: [B, S, D]: N samples that follow one another share a context
         v = self.layer_norm_v(x)
-        out: Tensor = v + self.gamma_v * self.attn(v, self.layer_norm_l(context), mask)
+        seen = self.attn(v.reshape(len(context), -1, v.shape[-1]), self.layer_norm_l(context), mask)
+        out: Tensor = v + self.gamma_v * seen.view_as(v)
         return out
 
 
@@ -141,7 +145,7 @@ class Block(nn.Module):
         self.cross_attn = CrossAttentionBlock(width, heads)
 
     def forward(self, x: Tensor, c: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        # x: [B, L, D], c: [B, D], context: [B, S, D], mask: [B, 1, 1, S], True where the context counts
+        # x: [B * N, L, D], c: [B * N, D], context: [B, S, D], mask: [B, 1, 1, S], True where the context counts
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate1.unsqueeze(1) * self.attn_temporal(modulated(x, shift1, scale1))
         x = self.cross_attn(x, context, mask)
@@ -233,20 +237,23 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """One evaluation, everything computed anew, as published.
 
+        A training may look at each observation with N noisy chunks, one after the other in x (published: N is 1).
+
         Args:
-            x: noisy actions [B, 8, 7]
-            timesteps: int64 [B]
+            x: noisy actions [B * N, 8, 7]
+            timesteps: int64 [B * N]
             reference: the generalist's chunk, cut by the reference window [B, 8, 7]
             tokens: the encoders' output
             hidden_states: the generalist's [B, L, context width]
             proprio: [B, 7]
-            keep_conditioning: [B] of 0 and 1; 0 masks a sample's conditioning vector for classifier-free guidance,
+            keep_conditioning: [B * N] of 0 and 1; 0 masks a sample's conditioning vector for classifier-free guidance,
                 and nothing else of it
             hidden_mask: bool [B, L], False where a sample's hidden states are padding; all count without it
 
         Returns:
-            The predicted noise [B, 8, 7].
+            The predicted noise [B * N, 8, 7].
         """
+        draws = len(x) // len(reference)
         projected = self.context_adapter(hidden_states)  # [B, L, D]
         sensors = self.sensor_context(tokens)
         context = torch.cat((sensors, projected), dim=1)
@@ -255,11 +262,11 @@ class Denoiser(nn.Module):
         else:
             mask = F.pad(hidden_mask, (sensors.shape[1], 0), value=True)[:, None, None]
             mean = (projected * hidden_mask[..., None]).sum(dim=1) / hidden_mask.sum(dim=1, keepdim=True)
-        c = self.proprio_embedder(proprio) + mean
+        c = (self.proprio_embedder(proprio) + mean).repeat_interleave(draws, dim=0)
         if keep_conditioning is not None:
             c = c * keep_conditioning[:, None].to(c.dtype)
         c = c + self.t_embedder(timesteps)
-        x = self.x_embedder(torch.cat((reference, x), dim=-1))
+        x = self.x_embedder(torch.cat((reference.repeat_interleave(draws, dim=0), x), dim=-1))
         for block in self.blocks:
             x = block(x, c, context, mask)
         out: Tensor = self.final_layer(x, c)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from robodual.specialist import ddim
 from robodual.specialist.config import SpecialistConfig
-from robodual.specialist.denoiser import Denoiser, Tokens
+from robodual.specialist.denoiser import CrossAttention, Denoiser, SelfAttention, Tokens
 from robodual.specialist.depth import PlainViT, resize
 from robodual.specialist.vision import VisionEncoder
 
@@ -152,13 +152,14 @@ class Policy(nn.Module):
             actions: what was demonstrated, [B, 8, 7]
             reference: [B, 8, 7]
             hidden_states: [B, L, context width]
-            noise: [B, 8, 7]
-            timesteps: int64 [B], 0 to 99
-            keep_conditioning: [B] of 0 and 1: which samples keep their conditioning vector
+            noise: [B * N, 8, 7]: N draws for each sample, one after the other (published: N is 1)
+            timesteps: int64 [B * N], 0 to 99
+            keep_conditioning: [B * N] of 0 and 1: which draws keep their conditioning vector
             hidden_mask: bool [B, L], False where a sample's hidden states are padding; all count without it
         """
+        repeated = actions.repeat_interleave(len(noise) // len(actions), dim=0)
         predicted = self.model(
-            ddim.add_noise(actions, noise, timesteps),
+            ddim.add_noise(repeated, noise, timesteps),
             timesteps,
             reference=reference,
             tokens=self.encode(observation),
@@ -168,6 +169,12 @@ class Policy(nn.Module):
             hidden_mask=hidden_mask,
         )
         return F.mse_loss(predicted, noise)
+
+    def set_attention_dropout(self, chance: float) -> None:
+        """Of the denoiser's attention weights, in training; nothing in service depends on it."""
+        for module in self.model.modules():
+            if isinstance(module, (SelfAttention, CrossAttention)):
+                module.dropout = chance
 
     @torch.no_grad()
     def initialize(self, seed: int) -> Policy:

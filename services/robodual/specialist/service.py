@@ -24,7 +24,7 @@ from robodual.serving.server import Server
 from robodual.serving.settings import SpecialistSettings
 from robodual.serving.timings import Timings
 from robodual.specialist import observation
-from robodual.specialist.control import noise, reference_actions
+from robodual.specialist.control import ControlLoop, noise, reference_actions
 from robodual.specialist.engine import Answer, Frame, Request, SpecialistEngine, load_specialist
 from robodual.specialist.feed import Feed
 from robodual.specialist.sessions import Conditioned, Session, Sessions
@@ -158,15 +158,22 @@ class SpecialistService:
             conditioned.reference_actions, conditioning_step=version.step, step=step, window=session.window
         )
         start = noise(session.seed, episode, step)
-        item = Request(frame, session.previous, conditioned.projected, reference, start)
-        done = await self._batcher.submit(item, session=session.identity, deadline=deadline)
-        timings.add("queue", done.queued)
-        timings.add("model", done.computed)
-        chunk = done.answer.chunk
-        if not np.isfinite(chunk).all():
-            raise RuntimeError("the model gave values that are not finite")
+        if self._settings.only == "generalist":
+            # Its latest chunk, one row a step: what later chunks would say of a step is not blended in.
+            chunk = reference
+            session.control = ControlLoop()
+        else:
+            if self._settings.only == "specialist":
+                reference = np.zeros_like(reference)
+            item = Request(frame, session.previous, conditioned.projected, reference, start)
+            done = await self._batcher.submit(item, session=session.identity, deadline=deadline)
+            timings.add("queue", done.queued)
+            timings.add("model", done.computed)
+            chunk = done.answer.chunk
+            if not np.isfinite(chunk).all():
+                raise RuntimeError("the model gave values that are not finite")
+            session.previous = done.answer.features
         action = session.control.advance(step, chunk)
-        session.previous = done.answer.features
         age = step - version.step
         degraded = not self._feed.up or age > self._settings.degraded_age_steps
         self._metrics.conditioning_age.observe(age)
@@ -281,6 +288,8 @@ async def serving(settings: SpecialistSettings, engine: SpecialistEngine | None 
                     f"the generalist's hidden states are {width} wide and this specialist's context is {model.width}, "
                     "so they are no pair; serve both with checkpoints that were trained together"
                 )
+            if settings.only == "specialist":
+                hidden_states = torch.zeros_like(hidden_states)
             return await batcher.call(model.project, hidden_states)
 
         feed = Feed(store, sessions, project, readiness=readiness, metrics=metrics)

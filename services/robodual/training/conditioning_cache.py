@@ -57,7 +57,7 @@ class ConditioningCache:
         group: Group,
         described: dict[str, str],
         *,
-        batch_size: int = 8,
+        batch_size: int = 32,
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
         """Computes what is missing, the spans shared out over the group's processes; can be interrupted.
@@ -71,11 +71,12 @@ class ConditioningCache:
             self._claim(described)
         group.wait()
         spans = range(group.rank, len(self.dataset.spans), group.size)
-        windows = [len(starts(span, 0)) for span in self.dataset.spans]
+        stride = self.dataset.stride
+        windows = [len(starts(span, 0)[::stride]) for span in self.dataset.spans]
         firsts = list(accumulate(windows, initial=0))
         for done, span in enumerate(spans):
             progress(done, len(spans))
-            needed = len(starts(self.dataset.spans[span], self.dataset.shifts))
+            needed = len(starts(self.dataset.spans[span], self.dataset.shifts)[::stride])
             if not needed or self._path(span).exists():
                 continue
             found: list[tuple[Tensor, Tensor]] = []
@@ -115,7 +116,7 @@ class ConditioningCache:
         hidden, chunks = [], []
         for sample in samples:
             span = int(self.dataset.span_of[sample.key[1]])
-            row = sample.window.start - self.dataset.spans[span].start
+            row = (sample.window.start - self.dataset.spans[span].start) // self.dataset.stride
             try:
                 with safe_open(self._path(span), framework="pt") as file:
                     hidden.append(file.get_slice("hidden")[row : row + 1][0])

@@ -112,3 +112,36 @@ def collect(
         table.add_row(task, str(found.tasks[task]), str(found.failed[task] or ""))
     console.print(table)
     console.print(f"{found.demonstrations} demonstrations, {found.steps} steps in {escape(str(output))}")
+
+
+@data.command()
+def cache(
+    split: Split,
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    size: Annotated[
+        int | None, typer.Option(help="Side of the frames: a model's image size; without it, the cameras'.", min=8)
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="resize-naive, letterbox or resize-crop.")] = "resize-naive",
+    tactile: Annotated[bool, typer.Option("--with_tactile", help="The tactile images too.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes; 0: one a CPU.", min=0)] = 0,
+) -> None:
+    """Decodes and resizes every step once, for `robodual train --frames`; started again, it goes on where it was."""
+    from robodual.training import frame_cache
+
+    bar = Progress(TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+    sensors = frame_cache.SENSORS if tactile else frame_cache.SENSORS[:4]
+    try:
+        with bar:
+            line = bar.add_task("", total=None)
+            found = frame_cache.build(
+                split,
+                output,
+                size=size,
+                strategy=strategy,  # type: ignore[arg-type]
+                sensors=sensors,
+                workers=workers or os.cpu_count() or 1,
+                progress=lambda done, of: bar.update(line, completed=done, total=of),
+            )
+    except DatasetError as error:
+        raise fail(error) from None
+    console.print(f"{found.steps} steps in {escape(str(output))}")

@@ -16,6 +16,7 @@ from robodual.specialist.config import CHUNK
 from robodual.specialist.frames import Frame
 from robodual.training.annotations import DatasetError, Span, find_annotations, read_annotations
 from robodual.training.augment import Augmentation
+from robodual.training.frame_cache import FrameCache
 from robodual.training.recording import Recording, step_name
 from robodual.training.window import DETOUR, WINDOW, Window, starts
 
@@ -57,6 +58,8 @@ class CalvinDataset(Dataset[Sample]):
         partial: fraction of the annotations to keep, chosen by `seed` (published: 0.05 and 0.1)
         enriched: task to further instructions; one of them or the annotated one is drawn for each sample
         augment: whether to augment the images
+        stride: only every so many steps does a window start (published: 1); shifts still reach every step below 8
+        frames: a cache to read the steps from instead of the split's files
 
     Raises:
         DatasetError: which file is missing or damaged and how many are, or that no window fits.
@@ -72,10 +75,14 @@ class CalvinDataset(Dataset[Sample]):
         partial: float = 1.0,
         enriched: Mapping[str, Sequence[str]] | None = None,
         augment: bool = False,
+        stride: int = 1,
+        frames: Path | None = None,
     ) -> None:
         if not 0 < partial <= 1:
             raise DatasetError(f"partial: expected more than 0 and at most 1, got {partial}")
         self.recording = Recording(split)
+        self.stride = stride
+        self._source = self.recording if frames is None else FrameCache(frames, self.recording)
         self.sensors = frozenset(sensors)
         self.shifts = max(chunk, 1)
         self.seed = seed
@@ -83,7 +90,7 @@ class CalvinDataset(Dataset[Sample]):
         self.augment = augment
         spans = read_annotations(find_annotations(split))
         self.spans = _part(spans, partial, seed)
-        ranges = [starts(span, chunk) for span in self.spans]
+        ranges = [starts(span, chunk)[::stride] for span in self.spans]
         self.starts = np.concatenate([np.asarray(r, np.int64) for r in ranges] or [np.zeros(0, np.int64)])
         self.span_of = np.repeat(np.arange(len(ranges)), [len(r) for r in ranges])
         if not len(self.starts):
@@ -131,7 +138,7 @@ class CalvinDataset(Dataset[Sample]):
         wanted[window.previous].add("rgb_static")
         wanted[window.current] |= {"robot_obs", "rgb_static", *(self.sensors - {"proprio"})}
         try:
-            steps = {step: self.recording.read(step, names) for step, names in wanted.items()}
+            steps = {step: self._source.read(step, names) for step, names in wanted.items()}
         except FileNotFoundError as error:
             raise DatasetError(f"{error.filename}: no such step, and it was there before; copy it again") from None
         actions = np.stack([steps[step]["rel_actions"] for step in window.steps]).astype(np.float32)

@@ -71,7 +71,7 @@ class Settings:
     seed: int = 0
     num_workers: int = 0
     log_steps: int = 10
-    bf16: bool = False  # autocast
+    bf16: bool | None = None  # autocast; None is False here, and what suits the device in `runs`
 
 
 # A run may be resumed with other values of these: they change no result.
@@ -223,7 +223,7 @@ def _accumulate(
     for turn in range(turns):
         batch = next(batches)
         with contextlib.nullcontext() if turn == turns - 1 else silent():
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bool(settings.bf16)):
                 loss, metrics = wrapped(batch)
             (loss / turns).backward()
         losses.append(loss.detach())

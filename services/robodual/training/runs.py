@@ -15,6 +15,7 @@ from robodual.generalist.engine import GeneralistEngine, load_generalist
 from robodual.images import Strategy
 from robodual.profiles import PROFILES
 from robodual.specialist import checkpoint as specialist_checkpoint
+from robodual.specialist.denoiser import ATTENTION_DROPOUT
 from robodual.specialist.frames import Preparation
 from robodual.specialist.policy import Policy
 from robodual.training.conditioner import MODES, Conditioner, Mode
@@ -24,7 +25,7 @@ from robodual.training.generalist import GeneralistCollate, GeneralistLearner, L
 from robodual.training.group import Group, joined
 from robodual.training.loop import Report, Settings, train
 from robodual.training.specialist import SpecialistCollate, SpecialistLearner
-from robodual.training.starting_weights import starting_policy
+from robodual.training.starting_weights import start_generalist, starting_policy
 
 GUIDANCE_SCALE = 3.0
 
@@ -39,6 +40,8 @@ class Data:
     partial_data: float = 1.0
     enriched: Path | None = None
     image_aug: bool = False
+    window_stride: int = 1
+    frames: Path | None = None  # a folder of `robodual data cache`
 
     def open(self, seed: int, sensors: tuple[str, ...], chunk: int) -> CalvinDataset:
         split = self.folder / "training"
@@ -50,6 +53,8 @@ class Data:
             partial=self.partial_data,
             enriched=None if self.enriched is None else read_enriched(self.enriched),
             augment=self.image_aug,
+            stride=self.window_stride,
+            frames=self.frames,
         )
 
     def described(self, dataset: CalvinDataset) -> dict[str, Any]:
@@ -59,6 +64,7 @@ class Data:
             "partial_data": self.partial_data,
             "enriched": dataset.enriched,
             "image_aug": self.image_aug,
+            "window_stride": self.window_stride,
         }
 
 
@@ -91,6 +97,8 @@ class SpecialistOptions:
     with_tactile: bool | None = None
     num_inference_steps: int | None = None
     cond_drop_chance: float = 0.1
+    noise_draws: int = 1
+    attention_dropout: float = ATTENTION_DROPOUT
     start: Path | None = None  # a specialist to go on from
     vision_weights: Path | None = None
     train_vision: bool = False
@@ -129,7 +137,7 @@ def train_specialist(
     if options.conditioning not in MODES:
         raise ValueError(f"conditioning: expected one of {', '.join(MODES)}, got {options.conditioning!r}")
     with joined(source.device) as group:
-        settings = replace(settings, bf16=group.device.type == "cuda")
+        settings = replace(settings, bf16=_bf16(settings, group))
         engine = source.load(group, settings.seed)
         conditioner = Conditioner(engine.model, constrained=engine.constrained, mode=options.conditioning)
         policy = _policy(source.profile, engine.width, options, settings.seed).to(group.device)
@@ -144,17 +152,25 @@ def train_specialist(
         # Frames are prepared by the data loader's workers, so on the CPU.
         strategy: Strategy = engine.model.config.images.strategy
         preparation = Preparation(policy.config, strategy, torch.device("cpu"), torch.float32)
-        collate = SpecialistCollate(preparation, engine.processor, settings.seed, options.cond_drop_chance, cache)
+        collate = SpecialistCollate(
+            preparation, engine.processor, settings.seed, options.cond_drop_chance, cache, options.noise_draws
+        )
         learner = SpecialistLearner(policy, conditioner if cache is None else None).to(group.device)
         described_all = {
             **facts,
             **data.described(dataset),
             "specialist": asdict(policy.config),
             "cond_drop_chance": options.cond_drop_chance,
+            "noise_draws": options.noise_draws,
+            "attention_dropout": options.attention_dropout,
             "train_vision": options.train_vision,
             "cached": cache is not None,
         }
         return train(learner, dataset, collate, settings, group, described=described_all, resume=resume, report=report)
+
+
+def _bf16(settings: Settings, group: Group) -> bool:
+    return group.device.type == "cuda" if settings.bf16 is None else settings.bf16
 
 
 def _policy(profile: str, context_width: int, options: SpecialistOptions, seed: int) -> Policy:
@@ -176,6 +192,7 @@ def _policy(profile: str, context_width: int, options: SpecialistOptions, seed: 
         diffusion_steps=options.num_inference_steps or policy.config.diffusion_steps,
         guidance_scale=GUIDANCE_SCALE if options.cond_drop_chance > 0 else 1.0,
     )
+    policy.set_attention_dropout(options.attention_dropout)
     policy.requires_grad_(True)
     policy.vision_encoder.requires_grad_(options.train_vision)
     return policy
@@ -198,9 +215,11 @@ def train_generalist(
         CheckpointError, DatasetError, ValueError: one line that says what to change.
     """
     with joined(source.device) as group:
-        settings = replace(settings, bf16=group.device.type == "cuda", max_grad_norm=math.inf)
+        settings = replace(settings, bf16=_bf16(settings, group), max_grad_norm=math.inf)
         engine = source.load(group, settings.seed, dtype="auto" if options.use_lora else "float32")
         dataset = data.open(settings.seed, ("rgb_static",), chunk=0)
+        if source.checkpoint is None and not options.use_lora:
+            start_generalist(engine.model, settings.seed)
         torch.manual_seed(settings.seed)
         learner = GeneralistLearner(
             engine.model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ _DIFFUSION = 1  # tells the draws below from those of the data set
 
 @dataclass(frozen=True)
 class SpecialistBatch:
-    """actions, noise: [B, 8, 7]; timesteps: int64 [B]; keep: [B] of 0 and 1; left: [B], rows of the chunk to come.
+    """actions: [B, 8, 7]; noise: [B * N, 8, 7]; timesteps: int64 [B * N]; keep: [B * N] of 0 and 1; left: [B], rows of
+    the chunk to come.
 
     The conditioning is there already, or `prompts` to compute it from.
     """
@@ -64,6 +65,9 @@ class SpecialistBatch:
 class SpecialistCollate:
     """Makes batches in the data loader's workers.
 
+    noise_draws: N, how many noisy chunks each observation is looked at with. The published training has one; more of
+    them cost a small model little, since the encoders run once.
+
     The noise, the timestep and whether the conditioning vector is dropped follow from (seed, epoch, index), as the
     sample does: they are the same on one process or on many.
     """
@@ -73,9 +77,10 @@ class SpecialistCollate:
     seed: int
     cond_drop_chance: float
     cache: ConditioningCache | None = None
+    noise_draws: int = 1
 
     def __call__(self, samples: list[Sample]) -> SpecialistBatch:
-        noise, timesteps, keep = zip(*(self._draws(sample) for sample in samples))
+        noise, timesteps, keep = zip(*(draw for sample in samples for draw in self._draws(sample)))
         return SpecialistBatch(
             observation=_stack([self.preparation.observation(sample.frame, sample.previous) for sample in samples]),
             actions=torch.from_numpy(np.stack([sample.actions for sample in samples])),
@@ -87,11 +92,12 @@ class SpecialistCollate:
             conditioning=None if self.cache is None else self.cache.read(samples),
         )
 
-    def _draws(self, sample: Sample) -> tuple[np.ndarray, int, float]:
+    def _draws(self, sample: Sample) -> Iterator[tuple[np.ndarray, int, float]]:
         random = np.random.default_rng((self.seed, *sample.key, _DIFFUSION))
-        noise = random.standard_normal((CHUNK, ACTION), dtype=np.float32)
-        timestep = int(random.integers(TRAINING_STEPS))
-        return noise, timestep, float(random.random() >= self.cond_drop_chance)
+        for _ in range(self.noise_draws):
+            noise = random.standard_normal((CHUNK, ACTION), dtype=np.float32)
+            timestep = int(random.integers(TRAINING_STEPS))
+            yield noise, timestep, float(random.random() >= self.cond_drop_chance)
 
 
 def _stack(observations: Sequence[Observation]) -> Observation:

@@ -1,4 +1,4 @@
-"""A specialist's weights before the first step."""
+"""Weights before the first step, of a specialist and of a generalist that starts from nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from robodual.facts import CheckpointError
+from robodual.generalist.model import Generalist
 from robodual.specialist.adapters import Pooling, Resampler
 from robodual.specialist.config import SpecialistConfig
 from robodual.specialist.denoiser import Block
@@ -41,6 +42,23 @@ def starting_policy(config: SpecialistConfig, seed: int, vision: Path | None = N
     if vision is not None:
         _load_vision(policy, vision)
     return policy
+
+
+@torch.no_grad()
+def start_generalist(model: Generalist, seed: int) -> None:
+    """Seeded weights to train a small generalist from: normal with deviation 0.02 (Llama's), biases 0, scales 1.
+
+    The published generalist starts from OpenVLA's weights instead.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf == "bias":
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1)
+        else:
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
 def _colour_encoder(policy: Policy) -> None:

@@ -38,11 +38,16 @@ MaxSteps = Annotated[int, option("--max_steps", help="Optimiser steps.", min=1)]
 SaveSteps = Annotated[int, option("--save_steps", help="Steps between checkpoints.", min=1)]
 LogSteps = Annotated[int, option("--log_steps", help="Steps between reports.", min=1)]
 Keep = Annotated[int, option("--keep", help="How many checkpoints to keep.", min=1)]
+Warmup = Annotated[int, option("--warmup_steps", help="Steps in which the rate rises to its peak.", min=0)]
+Cosine = Annotated[float, option("--cosine_cycles", help="Of the rate after it; 0: constant; 0.5: down to 0.", min=0.0)]
 Seed = Annotated[int, option("--seed", min=0)]
 Workers = Annotated[int, option("--num_workers", help="Processes that read data.", min=0)]
 Partial = Annotated[float, option("--partial_data", help="Fraction of the annotations (published: 0.05, 0.1).")]
 Enriched = Annotated[Path | None, option("--enriched", help="JSON: task to further instructions.")]
 Augment = Annotated[bool, option("--image_aug", help="Augment the images (published: never read).")]
+Stride = Annotated[int, option("--window_stride", help="Steps between windows' starts (published: 1).", min=1)]
+Frames = Annotated[Path | None, option("--frames", help="A folder of `robodual data cache` to read the steps from.")]
+Bf16 = Annotated[bool | None, typer.Option("--bf16/--fp32", help="Autocast; without either, bf16 on CUDA.")]
 Resume = Annotated[bool, option("--resume", help="Go on from the newest checkpoint in the output.")]
 
 
@@ -58,7 +63,8 @@ def specialist(
     grad_accumulation_steps: Accumulation = 1,
     learning_rate: LearningRate = 1e-4,
     weight_decay: Annotated[float, option("--weight_decay", min=0.0)] = 1e-3,
-    warmup_steps: Annotated[int, option("--warmup_steps", min=0)] = 1000,
+    warmup_steps: Warmup = 1000,
+    cosine_cycles: Cosine = 0.4,
     max_steps: MaxSteps = 100_000,
     save_steps: SaveSteps = 10_000,
     log_steps: LogSteps = 10,
@@ -68,6 +74,12 @@ def specialist(
     ] = None,
     cond_drop_chance: Annotated[
         float, option("--cond_drop_chance", help="Of the conditioning vector; 0: no guidance.", min=0.0, max=1.0)
+    ] = 0.1,
+    noise_draws: Annotated[
+        int, option("--noise_draws", help="Noisy chunks that each observation is looked at with (published: 1).", min=1)
+    ] = 1,
+    attention_dropout: Annotated[
+        float, option("--attention_dropout", help="Of the denoiser (published: 0.1).", min=0.0, max=0.9)
     ] = 0.1,
     with_depth: Annotated[bool | None, typer.Option("--with_depth/--without_depth")] = None,
     with_gripper: Annotated[bool | None, typer.Option("--with_gripper/--without_gripper")] = None,
@@ -86,6 +98,9 @@ def specialist(
     partial_data: Partial = 1.0,
     enriched: Enriched = None,
     image_aug: Augment = False,
+    window_stride: Stride = 1,
+    frames: Frames = None,
+    bf16: Bf16 = None,
     seed: Seed = 0,
     num_workers: Workers = 4,
     resume: Resume = False,
@@ -96,19 +111,24 @@ def specialist(
 
     settings = Settings(
         output, max_steps, batch_size, learning_rate, grad_accumulation_steps, weight_decay,
-        warmup_steps=warmup_steps, cosine_cycles=0.4, save_steps=save_steps, keep=keep, seed=seed,
-        num_workers=num_workers, log_steps=log_steps,
+        warmup_steps=warmup_steps, cosine_cycles=cosine_cycles, save_steps=save_steps, keep=keep, seed=seed,
+        num_workers=num_workers, log_steps=log_steps, bf16=bf16,
     )  # fmt: skip
     options = SpecialistOptions(
-        with_depth, with_gripper, with_tactile, num_inference_steps, cond_drop_chance, start, vision_weights,
-        train_vision, conditioning, cache_conditioning,  # type: ignore[arg-type]
+        with_depth, with_gripper, with_tactile, num_inference_steps, cond_drop_chance, noise_draws, attention_dropout,
+        start, vision_weights, train_vision, conditioning, cache_conditioning,  # type: ignore[arg-type]
     )  # fmt: skip
     source = Source(profile, generalist, tuple(adapter or ()), device)
     _run(
         output,
         max_steps,
         lambda **callbacks: train_specialist(
-            source, Data(data, partial_data, enriched, image_aug), options, settings, resume=resume, **callbacks
+            source,
+            Data(data, partial_data, enriched, image_aug, window_stride, frames),
+            options,
+            settings,
+            resume=resume,
+            **callbacks,
         ),
         caching=True,
     )
@@ -125,6 +145,8 @@ def generalist(
     batch_size: BatchSize = 16,
     grad_accumulation_steps: Accumulation = 4,
     learning_rate: LearningRate = 2e-5,
+    warmup_steps: Warmup = 0,
+    cosine_cycles: Cosine = 0.0,
     max_steps: MaxSteps = 100_000,
     save_steps: SaveSteps = 5_000,
     log_steps: LogSteps = 10,
@@ -141,6 +163,9 @@ def generalist(
     partial_data: Partial = 1.0,
     enriched: Enriched = None,
     image_aug: Augment = False,
+    window_stride: Stride = 1,
+    frames: Frames = None,
+    bf16: Bf16 = None,
     seed: Seed = 0,
     num_workers: Workers = 4,
     resume: Resume = False,
@@ -150,8 +175,9 @@ def generalist(
     from robodual.training.runs import Data, GeneralistOptions, Source, train_generalist
 
     settings = Settings(
-        output, max_steps, batch_size, learning_rate, grad_accumulation_steps, save_steps=save_steps, keep=keep,
-        seed=seed, num_workers=num_workers, log_steps=log_steps,
+        output, max_steps, batch_size, learning_rate, grad_accumulation_steps, warmup_steps=warmup_steps,
+        cosine_cycles=cosine_cycles, save_steps=save_steps, keep=keep, seed=seed, num_workers=num_workers,
+        log_steps=log_steps, bf16=bf16,
     )  # fmt: skip
     options = GeneralistOptions(use_lora, lora_rank, lora_dropout, merged, gradient_checkpointing)
     source = Source(profile, generalist, tuple(adapter or ()), device)
@@ -159,7 +185,12 @@ def generalist(
         output,
         max_steps,
         lambda **callbacks: train_generalist(
-            source, Data(data, partial_data, enriched, image_aug), options, settings, resume=resume, **callbacks
+            source,
+            Data(data, partial_data, enriched, image_aug, window_stride, frames),
+            options,
+            settings,
+            resume=resume,
+            **callbacks,
         ),
     )
 
