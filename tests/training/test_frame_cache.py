@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from dataclasses import fields, replace
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_an_interrupted_cache_is_refused_and_goes_on(split: Path, tmp_path: Path
 
     with pytest.raises(KeyboardInterrupt):
         build(split, tmp_path / "frames", size=SIZE, progress=interrupt)
-    with pytest.raises(DatasetError, match="unfinished; run `robodual data cache` again"):
+    with pytest.raises(DatasetError, match=r"unfinished; run `robodual data cache` again"):
         FrameCache(tmp_path / "frames", Recording(split))
     build(split, tmp_path / "frames", size=SIZE)
     assert FrameCache(tmp_path / "frames", Recording(split)).read(105, ["rgb_static"])["rgb_static"].shape == (
@@ -92,16 +93,14 @@ def test_an_interrupted_cache_is_refused_and_goes_on(split: Path, tmp_path: Path
 def test_workers_map_the_arrays_for_themselves(split: Path, cache: Path) -> None:
     frames = FrameCache(cache, Recording(split))
     before = frames.read(100, ["rgb_static"])
-    assert len(pickle.dumps(frames)) < 10_000
-    assert np.array_equal(
-        pickle.loads(pickle.dumps(frames)).read(100, ["rgb_static"])["rgb_static"], before["rgb_static"]
-    )
+    assert len(pickle.dumps(frames)) < 10_000  # what a data loader's worker is given
+    assert np.array_equal(copy.copy(frames).read(100, ["rgb_static"])["rgb_static"], before["rgb_static"])
 
 
 def test_a_cache_of_something_else_is_refused(split: Path, cache: Path, tmp_path: Path) -> None:
     other = write_split(tmp_path / "other", lengths=[18])
     with pytest.raises(
-        DatasetError, match="holds 50 steps from 100 to .*run `robodual data cache` again, into another"
+        DatasetError, match=r"holds 50 steps from 100 to .*run `robodual data cache` again, into another"
     ):
         CalvinDataset(other, frames=cache)
     with pytest.raises(DatasetError, match="no frame cache"):

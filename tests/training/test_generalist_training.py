@@ -11,8 +11,12 @@ import torch
 from calvin_data import write_split
 from tiny import SOURCE, data, settings
 
-from robodual.generalist.checkpoint import save_checkpoint
+from robodual.generalist.checkpoint import read_checkpoint, save_checkpoint
 from robodual.generalist.engine import load_generalist
+from robodual.generalist.model import build
+from robodual.generalist.processor import Processor
+from robodual.generalist.weights import load_weights
+from robodual.training.generalist import GeneralistCollate, GeneralistLearner, Lora
 from robodual.training.loop import Report
 from robodual.training.runs import GeneralistOptions, Source, train_generalist
 
@@ -93,3 +97,45 @@ def test_accumulation_and_checkpointing_change_memory_and_not_the_result(split: 
         losses.append([report.loss for report in reports])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_adapters_learn_on_a_quantised_base(split: Path, base: Path, tmp_path: Path, mode: str) -> None:
+    """bitsandbytes runs on a CPU too, where what CUDA runs is tested; `--quantisation` itself asks for CUDA."""
+    found = read_checkpoint(base, constrained=True)
+    model = build(found.config, attention="sdpa", dtype=torch.bfloat16)
+    load_weights(model, base, torch.device("cpu"), (), mode)
+    frozen = {name: value.clone() for name, value in model.state_dict().items()}
+    learner = GeneralistLearner(model, found.tokenizer, lora=Lora(8), constrained=True, quantisation=mode)
+    quantised = [name for name, module in learner.model.named_modules() if name.endswith("_proj.base_layer")]
+    assert len(quantised) == 7 * found.config.language.layers
+    batch = GeneralistCollate(Processor(found.config.images, found.config.tokens, found.tokenizer))(
+        [data(split).open(0, ("rgb_static",), 0)[0, index] for index in (0, 9)]
+    )
+    optimizer = torch.optim.AdamW([value for value in learner.parameters() if value.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(10):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = learner(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+    learner.export(tmp_path, {})
+    for name, value in learner.model.state_dict().items():
+        if ".lora_" not in name:
+            assert torch.equal(value, frozen[name.replace(".base_layer.", ".")]), name
+    assert load_generalist("tiny", checkpoint=base, adapters=[tmp_path / "adapter"], device="cpu")
+
+
+def test_what_cannot_be_combined_is_one_line(split: Path, tmp_path: Path) -> None:
+    four_bits = replace(SOURCE, quantisation="nf4")
+    for source, options, values, message in (
+        (SOURCE, LORA, {"fsdp": True}, "fsdp: is for all weights"),
+        (four_bits, GeneralistOptions(use_lora=False), {}, "quantisation: quantised weights cannot be trained"),
+        (four_bits, LORA, {}, "merged: adapters are merged into whole weights"),
+        (four_bits, GeneralistOptions(), {}, "quantisation: nf4 needs a CUDA device"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_generalist(source, data(split), options, settings(tmp_path, 1, **values))

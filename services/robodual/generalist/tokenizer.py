@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from robodual.generalist.config import TokenConfig
-from robodual_client.calvin import annotations
+from robodual_client.calvin.annotations import load as evaluation_sentences
 
 
 def prompt_text(instruction: str) -> str:
@@ -52,7 +52,7 @@ def word_tokenizer(tokens: TokenConfig) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    prompts: Sequence[str] = [prompt_text(sentence) for sentence in annotations.load().values()]
+    prompts: Sequence[str] = [prompt_text(sentence) for sentence in evaluation_sentences().values()]
     trainer = trainers.BpeTrainer(
         vocab_size=tokens.action_start,
         special_tokens=[special[token] for token in range(4)],

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from robodual.facts import CheckpointError
 from robodual.training.average import Average
+from robodual.training.sharding import like, whole
 
 STATE = "state.safetensors"
 _NAME = re.compile(r"step-(\d{8})")
@@ -35,14 +36,20 @@ class Progress:
     optimizer: Optimizer
     average: Average | None
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, keep: bool = True) -> dict[str, Tensor]:
+        """Everything by name, whole; where it is spread over processes, each must call this and one should keep it."""
         found = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
         if self.average is not None:
             found |= {f"average.{name}": value for name, value in self.average.values.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 found[f"optimizer.{key}.{name}"] = value
-        return {name: value.contiguous() for name, value in found.items()}
+        kept = {}
+        for name, value in found.items():
+            gathered = whole(value)
+            if keep:
+                kept[name] = (gathered if gathered is value else gathered.cpu()).contiguous()
+        return kept
 
     @torch.no_grad()
     def restore(self, path: Path) -> None:
@@ -72,7 +79,7 @@ class Progress:
                     if expected.get(name) != value.shape:
                         raise CheckpointError(f"{path}: {name} is of another model or other settings")
                     target = self.parameters[rest] if kind == "parameter" else self._averaged(rest)
-                    target.copy_(value)
+                    target.copy_(like(value, target))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path}: damaged ({error}); delete its folder to go on from the one before"
@@ -80,8 +87,7 @@ class Progress:
         for name, parameter in self.parameters.items():
             if optimizer[name]:
                 on_device = {
-                    key: value if key == "step" else value.to(parameter.device)
-                    for key, value in optimizer[name].items()
+                    key: value if key == "step" else like(value, parameter) for key, value in optimizer[name].items()
                 }
                 self.optimizer.state[parameter] = on_device
 
@@ -109,23 +115,26 @@ class Folder:
         found = self.checkpoints()
         return (step_of(found[-1]), found[-1]) if found else None
 
-    def save(self, step: int, progress: Progress, settings: Mapping[str, Any], export: Callable[[Path], None]) -> Path:
+    def save(
+        self, step: int, state: Mapping[str, Tensor], settings: Mapping[str, Any], export: Callable[[Path], None]
+    ) -> Path:
         """Writes a checkpoint beside the others, moves it into place when all of it is on the disk, and only then
         deletes those that are too old.
 
         Args:
             step: optimiser steps done
+            state: of `Progress.tensors`
             export: writes the weights to be served into the folder that it is given
 
         Raises:
             CheckpointError: if it could not be written (a full disk); the checkpoints before it are as they were.
         """
-        final = self.path / f"step-{step:08d}"
+        final = self.path / name_of(step)
         partial = self.path / f".{final.name}.partial"
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            save_file(progress.tensors(), partial / STATE)
+            save_file(dict(state), partial / STATE)
             (partial / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             export(partial)
             _sync(partial)
@@ -141,6 +150,10 @@ class Folder:
         for old in self.checkpoints()[: -self.keep]:
             shutil.rmtree(old)
         return final
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from robodual.generalist.config import TokenConfig
 from robodual.generalist.decoding import decode
 from robodual.generalist.model import Generalist
 from robodual.generalist.tokens import decode_actions
@@ -61,11 +62,13 @@ class Conditioner:
         if self.mode == "generated":
             pixels = batch.pixels.to(self.model.dtype)
             decoded = decode(self.model, pixels, batch.prompts, constrained=self.constrained)
-            return Conditioning.join(decoded.hidden, list(self._chunks(decoded.tokens)))
+            return Conditioning.join(decoded.hidden, list(chunks(decoded.tokens, self.model.config.tokens)))
         forced = force(self.model, batch)
         tokens = best_tokens(forced.logits, self.model, constrained=self.constrained)
-        return Conditioning(forced.hidden, forced.mask, self._chunks(tokens))
+        return Conditioning(forced.hidden, forced.mask, chunks(tokens, self.model.config.tokens))
 
-    def _chunks(self, tokens: Tensor) -> Tensor:
-        rows = [decode_actions(row, self.model.config.tokens)[0] for row in tokens.cpu().numpy()]
-        return torch.from_numpy(np.stack(rows)).to(tokens.device)
+
+def chunks(tokens: Tensor, ids: TokenConfig) -> Tensor:
+    """Action chunks float32 [B, 8, 7] of token ids [B, 64]."""
+    rows = [decode_actions(row, ids)[0] for row in tokens.cpu().numpy()]
+    return torch.from_numpy(np.stack(rows)).to(tokens.device)

@@ -1,7 +1,8 @@
-"""What a training shows: a progress line, TensorBoard where it is installed, and a JSON line for every report."""
+"""What a training shows: a progress line, TensorBoard, a JSON line for every report, and W&B on request."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ LOG = "log.jsonl"
 class Display:
     """Takes reports on the leading process."""
 
-    def __init__(self, output: Path, max_steps: int, console: Console) -> None:
+    def __init__(self, output: Path, max_steps: int, console: Console, wandb: str | None = None) -> None:
         self.path = output / LOG
         self.bar = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"),
@@ -32,6 +33,17 @@ class Display:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(output / "tensorboard"))
+        else:
+            console.print("TensorBoard's files are not written: pip install 'robodual[train]'")
+        self.run: Any = None
+        if wandb is not None:
+            if importlib.util.find_spec("wandb") is None:
+                raise ValueError("wandb: the package is not installed; pip install 'robodual[train]'")
+            import wandb as service
+
+            place = str(output.resolve())
+            identity = f"{output.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+            self.run = service.init(project=wandb, dir=place, resume="allow", id=identity)
 
     def __call__(self, report: Report) -> None:
         values = {
@@ -51,6 +63,14 @@ class Display:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, report.step)
+        if self.run is not None:
+            self.run.log(values, step=report.step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.run is not None:
+            self.run.finish()
 
     def caching(self, done: int, of: int) -> None:
         """Shows how many spans' conditionings are on the disk."""
@@ -58,9 +78,16 @@ class Display:
 
 
 @contextmanager
-def shown(output: Path, max_steps: int, console: Console) -> Iterator[Display]:
-    display = Display(output, max_steps, console)
-    with display.bar:
-        yield display
-    if display.board is not None:
-        display.board.close()
+def shown(output: Path, max_steps: int, console: Console, wandb: str | None = None) -> Iterator[Display]:
+    """wandb: a project of Weights & Biases to report to (WANDB_MODE=offline keeps it on this machine).
+
+    Raises:
+        ValueError: if its package is not installed.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    display = Display(output, max_steps, console, wandb)
+    try:
+        with display.bar:
+            yield display
+    finally:
+        display.close()

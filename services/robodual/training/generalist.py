@@ -49,6 +49,7 @@ class GeneralistLearner(Learner[Prompts]):
         lora: adapters on every linear layer that is run but the output head, or None to train all weights that are
         merged: whether checkpoints also hold the merged weights, as a folder in the published format
         gradient_checkpointing: recompute the Llama's activations in the backward pass, for memory
+        quantisation: of the Llama's layers under the adapters (QLoRA, arXiv 2305.14314)
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class GeneralistLearner(Learner[Prompts]):
         constrained: bool,
         merged: bool = False,
         gradient_checkpointing: bool = False,
+        quantisation: str = "none",
     ) -> None:
         super().__init__()
         idle = _idle(model)
@@ -84,6 +86,9 @@ class GeneralistLearner(Learner[Prompts]):
                 target_modules=layers,
                 init_lora_weights="gaussian",
             )
+            # PEFT asks for these before it adapts such layers.
+            flags: Any = model
+            flags.is_loaded_in_4bit, flags.is_loaded_in_8bit = quantisation == "nf4", quantisation == "int8"
             self.adapted = get_peft_model(model, config)
             self.model = model  # its linear layers are adapted in place
         if gradient_checkpointing:
@@ -93,10 +98,13 @@ class GeneralistLearner(Learner[Prompts]):
             enable({"use_reentrant": False})
 
     def forward(self, batch: Prompts) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = force(self.model, batch).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
+        return self.token_loss(force(self.model, batch).logits, batch.targets)
+
+    def token_loss(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss over logits [B, 64, vocabulary] and targets int64 [B, 64], and what is shown beside it."""
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         with torch.no_grad():
-            metrics = self._metrics(logits, batch.targets)
+            metrics = self._metrics(logits, targets)
         return loss, metrics
 
     def _metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -115,16 +123,27 @@ class GeneralistLearner(Learner[Prompts]):
             "action_l1": (actions(predicted) - actions(wanted)).abs().mean().float(),
         }
 
-    def export(self, folder: Path, average: Mapping[str, Tensor] | None) -> None:
+    def blocks(self) -> list[nn.Module]:
+        """The towers' and the Llama's layers."""
+        backbone = self.model.vision_backbone
+        towers = (backbone.featurizer, backbone.fused_featurizer)
+        llama: Any = self.model.language_model.model
+        return [*(block for tower in towers for block in tower.blocks[:-1]), *llama.layers]
+
+    def export(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
         """`adapter` as PEFT saves it (LoRA); `generalist` in the published format (all weights, or on request)."""
         if self.adapted is not None:
             self.adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
         if self.adapted is None or self.merged:
-            save_checkpoint(folder / MERGED, self.merge(), self.tokenizer)
+            model = self.merge({name.removeprefix("model."): value for name, value in trained.items()})
+            save_checkpoint(folder / MERGED, model, self.tokenizer)
 
     @torch.no_grad()
-    def merge(self) -> Generalist:
-        """The model with its adapters in the weights, on the CPU; the one that is trained stays as it is."""
+    def merge(self, trained: Mapping[str, Tensor]) -> Generalist:
+        """The model with its adapters in the weights, on the CPU; the one that is trained stays as it is.
+
+        trained: whole values for weights that may be spread over processes
+        """
         deltas = {
             f"{name}.weight": module.get_delta_weight("default")
             for name, module in self.model.named_modules()
@@ -136,7 +155,7 @@ class GeneralistLearner(Learner[Prompts]):
                 continue
             plain = name.replace(".base_layer.", ".")
             delta = deltas.get(plain)
-            merged = value if delta is None else value + delta.to(value.dtype)
+            merged = trained.get(name, value) if delta is None else value + delta.to(value.dtype)
             state[plain] = merged.detach().cpu()
         model = build(self.model.config, attention="sdpa", dtype=self.model.dtype)
         model.load_state_dict(state, assign=True)

@@ -21,15 +21,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from robodual.facts import CheckpointError
 from robodual.training.average import Average
-from robodual.training.checkpoint import STATE, Folder, Progress, read_settings
+from robodual.training.checkpoint import STATE, Folder, Progress, name_of, read_settings
 from robodual.training.dataset import Sample
 from robodual.training.group import Group
 from robodual.training.order import Order
 from robodual.training.schedule import Schedule
+from robodual.training.sharding import shard, whole
 
 log = logging.getLogger(__name__)
 
 B = TypeVar("B", bound="Batch")
+Evaluate = Callable[[Path], dict[str, float]]  # of a checkpoint's folder, to what was found
 
 
 class Batch(Protocol):
@@ -44,12 +46,17 @@ class Learner(nn.Module, Generic[B]):
 
     averaged = False  # whether a moving average is kept and exported
 
+    def blocks(self) -> list[nn.Module]:
+        """Submodules to gather one after the other where the weights are spread over processes."""
+        return []
+
     def forward(self, batch: B) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss over the batch, and what to show beside it (scalars, means over the batch)."""
         raise TypeError(f"{type(self).__name__} has no forward")
 
-    def export(self, folder: Path, average: Mapping[str, Tensor] | None) -> None:
-        """Writes weights that can be served into the folder; averaged values stand in for trained parameters."""
+    def export(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
+        """Writes weights that can be served into the folder, with these values (the averaged ones, where there is an
+        average) of the trained parameters."""
         raise TypeError(f"{type(self).__name__} has no export")
 
 
@@ -71,11 +78,13 @@ class Settings:
     seed: int = 0
     num_workers: int = 0
     log_steps: int = 10
+    eval_every: int = 0  # steps between closed-loop evaluations; 0: none
+    fsdp: bool = False  # weights, gradients and optimiser state spread over the processes
     bf16: bool | None = None  # autocast; None is False here, and what suits the device in `runs`
 
 
 # A run may be resumed with other values of these: they change no result.
-FREE = {"output", "save_steps", "keep", "num_workers", "log_steps"}
+FREE = {"output", "save_steps", "keep", "num_workers", "log_steps", "eval_every", "fsdp"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ def train(
     described: Mapping[str, Any],
     resume: bool = False,
     report: Callable[[Report], None] = lambda report: None,
+    evaluate: Evaluate | None = None,
 ) -> int:
     """Trains until `max_steps` optimiser steps are done, or SIGINT or SIGTERM asks for an end.
 
@@ -113,6 +123,8 @@ def train(
         dataset: of known length
         described: what else the result depends on (model, data); saved, and compared on resuming
         resume: go on from the newest checkpoint in the output folder, if there is one
+        evaluate: called on the leading process every `eval_every` steps with the checkpoint that was just saved; what
+            it returns is reported with the next report
 
     Returns:
         The optimiser steps done.
@@ -121,6 +133,8 @@ def train(
         CheckpointError: if there are checkpoints and `resume` is not set, they are of other settings, or the last
             checkpoint cannot be written.
     """
+    if settings.fsdp and group.size > 1:
+        shard(learner, learner.blocks(), group)
     parameters = {name: value for name, value in learner.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     average = Average(parameters) if learner.averaged else None
@@ -139,7 +153,7 @@ def train(
     )
     batches = _batches(dataset, collate, order, settings, group)
     wrapped: nn.Module = learner
-    if group.size > 1:
+    if group.size > 1 and not settings.fsdp:
         devices = [group.device.index] if group.device.type == "cuda" else None
         wrapped = DistributedDataParallel(learner, device_ids=devices)
     schedule = Schedule(settings.learning_rate, settings.max_steps, settings.warmup_steps, settings.cosine_cycles)
@@ -152,19 +166,23 @@ def train(
             for values in optimizer.param_groups:
                 values["lr"] = schedule(step)
             loss, metrics = _accumulate(wrapped, batches, settings, group.device)
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+            norm = whole(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             if average is not None:
                 average.update(parameters, step)
             meter.add(loss, metrics, norm)
-            if step % settings.log_steps == 0 or step == settings.max_steps:
+            looked_at = evaluate is not None and settings.eval_every > 0 and step % settings.eval_every == 0
+            if looked_at:
+                last_saved = _save(folder, step, progress, saved, learner, group, last_saved)
+                meter.pause(_evaluated(evaluate, folder, step, group) if last_saved == step else {})
+            if step % settings.log_steps == 0 or step == settings.max_steps or looked_at:
                 shown = meter.report(step, schedule(step - 1))
                 if group.leads:
                     report(shown)
-            if step % settings.save_steps == 0 and step < settings.max_steps:
-                last_saved = _save(folder, step, progress, saved, learner, group, last_saved, final=False)
+            if step % settings.save_steps == 0 and last_saved < step < settings.max_steps:
+                last_saved = _save(folder, step, progress, saved, learner, group, last_saved)
     if step > last_saved:
         _save(folder, step, progress, saved, learner, group, last_saved, final=True)
     return step
@@ -256,6 +274,17 @@ def _stopping() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _evaluated(evaluate: Evaluate | None, folder: Folder, step: int, group: Group) -> dict[str, float]:
+    """What the leading process finds of a checkpoint, while the others wait."""
+    found: dict[str, float] = {}
+    if group.leads and evaluate is not None:
+        start = time.perf_counter()
+        found = {f"eval_{name}": value for name, value in evaluate(folder.path / name_of(step)).items()}
+        found["eval_seconds"] = time.perf_counter() - start
+    group.wait()
+    return found
+
+
 def _save(
     folder: Folder,
     step: int,
@@ -265,14 +294,16 @@ def _save(
     group: Group,
     last_saved: int,
     *,
-    final: bool,
+    final: bool = False,
 ) -> int:
     """Saves from the leading process while the others wait. Returns the step of the newest checkpoint."""
     failure: CheckpointError | None = None
+    state = progress.tensors(keep=group.leads)
     if group.leads:
-        averaged = progress.average.values if progress.average is not None else None
+        kind = "average." if progress.average is not None else "parameter."
+        trained = {name.removeprefix(kind): value for name, value in state.items() if name.startswith(kind)}
         try:
-            folder.save(step, progress, saved, lambda path: learner.export(path, averaged))
+            folder.save(step, state, saved, lambda path: learner.export(path, trained))
         except CheckpointError as error:
             failure = error
     group.wait()
@@ -293,12 +324,18 @@ class _Meter:
         self.losses: list[Tensor] = []
         self.metrics: list[dict[str, Tensor]] = []
         self.norms: list[Tensor] = []
+        self.extra: dict[str, float] = {}
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor, metrics: dict[str, Tensor], norm: Tensor) -> None:
         self.losses.append(loss)
         self.metrics.append(metrics)
         self.norms.append(norm)
+
+    def pause(self, values: Mapping[str, float]) -> None:
+        """Takes in what an evaluation found, and leaves out the `eval_seconds` that it took."""
+        self.extra |= values
+        self.since += values.get("eval_seconds", 0.0)
 
     def report(self, step: int, learning_rate: float) -> Report:
         names = list(self.metrics[0])
@@ -308,4 +345,5 @@ class _Meter:
         now = time.perf_counter()
         speed = len(self.losses) * self.global_batch / (now - self.since)
         self.losses, self.metrics, self.norms, self.since = [], [], [], now
-        return Report(step, means[0], dict(zip(names, means[2:])), learning_rate, means[1], speed)
+        shown, self.extra = {**dict(zip(names, means[2:])), **self.extra}, {}
+        return Report(step, means[0], shown, learning_rate, means[1], speed)

@@ -23,8 +23,9 @@ from robodual.training.conditioning_cache import ConditioningCache
 from robodual.training.dataset import CalvinDataset, read_enriched
 from robodual.training.generalist import GeneralistCollate, GeneralistLearner, Lora
 from robodual.training.group import Group, joined
-from robodual.training.loop import Report, Settings, train
-from robodual.training.specialist import SpecialistCollate, SpecialistLearner
+from robodual.training.joint import JointLearner
+from robodual.training.loop import Evaluate, Learner, Report, Settings, train
+from robodual.training.specialist import SpecialistBatch, SpecialistCollate, SpecialistLearner
 from robodual.training.starting_weights import start_generalist, starting_policy
 
 GUIDANCE_SCALE = 3.0
@@ -76,6 +77,7 @@ class Source:
     checkpoint: str | None = None
     adapters: tuple[Path, ...] = ()
     device: str = "auto"
+    quantisation: str = "none"  # of a base that adapters are trained on, or that conditions a specialist
 
     def load(self, group: Group, seed: int, dtype: str = "auto") -> GeneralistEngine:
         return load_generalist(
@@ -85,6 +87,7 @@ class Source:
             device=str(group.device),
             dtype=dtype,
             seed=seed,
+            quantisation=self.quantisation,
         )
 
 
@@ -104,6 +107,7 @@ class SpecialistOptions:
     train_vision: bool = False
     conditioning: Mode = "forced"
     cache_conditioning: Path | None = None
+    unfreeze: GeneralistOptions | None = None  # trains the generalist too, as it says
 
 
 @dataclass(frozen=True)
@@ -126,19 +130,20 @@ def train_specialist(
     resume: bool = False,
     report: Progress = lambda report: None,
     caching: Callable[[int, int], None] = lambda done, of: None,
+    evaluate: Evaluate | None = None,
 ) -> int:
-    """Trains a specialist against a frozen generalist. Returns the steps done; see `loop.train`.
+    """Trains a specialist against a generalist, frozen unless `unfreeze`. Returns the steps done; see `loop.train`.
 
     report: called on the leading process; caching: called with how many spans are cached, of how many.
 
     Raises:
         CheckpointError, DatasetError, ValueError: one line that says what to change.
     """
-    if options.conditioning not in MODES:
-        raise ValueError(f"conditioning: expected one of {', '.join(MODES)}, got {options.conditioning!r}")
+    _check(options, settings, source)
     with joined(source.device) as group:
         settings = replace(settings, bf16=_bf16(settings, group))
-        engine = source.load(group, settings.seed)
+        dtype = "float32" if options.unfreeze is not None and not options.unfreeze.use_lora else "auto"
+        engine = source.load(group, settings.seed, dtype)
         conditioner = Conditioner(engine.model, constrained=engine.constrained, mode=options.conditioning)
         policy = _policy(source.profile, engine.width, options, settings.seed).to(group.device)
         dataset = data.open(settings.seed, policy.config.sensors, chunk=8)
@@ -155,7 +160,11 @@ def train_specialist(
         collate = SpecialistCollate(
             preparation, engine.processor, settings.seed, options.cond_drop_chance, cache, options.noise_draws
         )
-        learner = SpecialistLearner(policy, conditioner if cache is None else None).to(group.device)
+        learner: Learner[SpecialistBatch]
+        if options.unfreeze is not None:
+            learner = JointLearner(policy, _generalist_learner(engine, source, options.unfreeze, settings.seed))
+        else:
+            learner = SpecialistLearner(policy, conditioner if cache is None else None)
         described_all = {
             **facts,
             **data.described(dataset),
@@ -165,8 +174,25 @@ def train_specialist(
             "attention_dropout": options.attention_dropout,
             "train_vision": options.train_vision,
             "cached": cache is not None,
+            "unfreeze": None if options.unfreeze is None else asdict(options.unfreeze),
         }
-        return train(learner, dataset, collate, settings, group, described=described_all, resume=resume, report=report)
+        return train(
+            learner.to(group.device), dataset, collate, settings, group,
+            described=described_all, resume=resume, report=report, evaluate=evaluate,
+        )  # fmt: skip
+
+
+def _check(options: SpecialistOptions, settings: Settings, source: Source) -> None:
+    if options.conditioning not in MODES:
+        raise ValueError(f"conditioning: expected one of {', '.join(MODES)}, got {options.conditioning!r}")
+    if settings.fsdp:
+        raise ValueError("fsdp: is for a generalist with all its weights (train generalist --full)")
+    if options.unfreeze is not None:
+        if options.conditioning != "forced" or options.cache_conditioning is not None:
+            raise ValueError(
+                "unfreeze_generalist: its conditioning changes with every step, so it is forced, not cached"
+            )
+        _check_generalist(options.unfreeze, settings, source)
 
 
 def _bf16(settings: Settings, group: Group) -> bool:
@@ -206,6 +232,7 @@ def train_generalist(
     *,
     resume: bool = False,
     report: Progress = lambda report: None,
+    evaluate: Evaluate | None = None,
 ) -> int:
     """Fine-tunes a generalist. Returns the steps done; see `loop.train`.
 
@@ -214,27 +241,49 @@ def train_generalist(
     Raises:
         CheckpointError, DatasetError, ValueError: one line that says what to change.
     """
+    _check_generalist(options, settings, source)
     with joined(source.device) as group:
         settings = replace(settings, bf16=_bf16(settings, group), max_grad_norm=math.inf)
         engine = source.load(group, settings.seed, dtype="auto" if options.use_lora else "float32")
         dataset = data.open(settings.seed, ("rgb_static",), chunk=0)
-        if source.checkpoint is None and not options.use_lora:
-            start_generalist(engine.model, settings.seed)
-        torch.manual_seed(settings.seed)
-        learner = GeneralistLearner(
-            engine.model,
-            engine.processor.tokenizer,
-            lora=Lora(options.lora_rank, options.lora_dropout) if options.use_lora else None,
-            constrained=engine.constrained,
-            merged=options.merged,
-            gradient_checkpointing=options.gradient_checkpointing,
-        ).to(group.device)
+        learner = _generalist_learner(engine, source, options, settings.seed).to(group.device)
         described = {
             **data.described(dataset),
             "generalist": engine.facts.checkpoint,
             "use_lora": options.use_lora,
             "lora_rank": options.lora_rank,
             "lora_dropout": options.lora_dropout,
+            "quantisation": source.quantisation,
         }
-        collate = GeneralistCollate(engine.processor)
-        return train(learner, dataset, collate, settings, group, described=described, resume=resume, report=report)
+        return train(
+            learner, dataset, GeneralistCollate(engine.processor), settings, group,
+            described=described, resume=resume, report=report, evaluate=evaluate,
+        )  # fmt: skip
+
+
+def _check_generalist(options: GeneralistOptions, settings: Settings, source: Source) -> None:
+    if settings.fsdp and options.use_lora:
+        raise ValueError("fsdp: is for all weights (--full); adapters are small enough for every process")
+    if source.quantisation != "none" and not options.use_lora:
+        raise ValueError("quantisation: quantised weights cannot be trained; train adapters on them (--use_lora)")
+    if source.quantisation != "none" and options.merged:
+        raise ValueError(
+            "merged: adapters are merged into whole weights; leave it out here and serve the adapter with --adapter"
+        )
+
+
+def _generalist_learner(
+    engine: GeneralistEngine, source: Source, options: GeneralistOptions, seed: int
+) -> GeneralistLearner:
+    if source.checkpoint is None and not options.use_lora:
+        start_generalist(engine.model, seed)
+    torch.manual_seed(seed)
+    return GeneralistLearner(
+        engine.model,
+        engine.processor.tokenizer,
+        lora=Lora(options.lora_rank, options.lora_dropout) if options.use_lora else None,
+        constrained=engine.constrained,
+        merged=options.merged,
+        gradient_checkpointing=options.gradient_checkpointing,
+        quantisation=source.quantisation,
+    )

@@ -124,29 +124,40 @@ class SpecialistLearner(Learner[SpecialistBatch]):
             if self.conditioner is None or batch.prompts is None:
                 raise ValueError("a batch without conditioning needs a generalist")
             conditioning = self.conditioner(batch.prompts)
-        reference = cut(conditioning.chunk, batch.left)
-        loss = self.policy.loss(
-            batch.observation,
-            batch.actions,
-            reference,
-            conditioning.hidden.to(batch.actions.dtype),
-            noise=batch.noise,
-            timesteps=batch.timesteps,
-            keep_conditioning=batch.keep,
-            hidden_mask=conditioning.mask,
-        )
-        covered = torch.arange(CHUNK, device=reference.device) < batch.left[:, None]
-        off = (reference - batch.actions).abs().mean(dim=-1)
-        return loss, {"reference_l1": (off * covered).sum() / covered.sum()}
+        return specialist_loss(self.policy, batch, conditioning)
 
-    def export(self, folder: Path, average: Mapping[str, Tensor] | None) -> None:
+    def export(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
         """`specialist.safetensors` with the averaged weights, ready to be served."""
-        policy = copy.deepcopy(self.policy).requires_grad_(False)
-        if average is not None:
-            parameters = dict(policy.named_parameters(prefix="policy"))
-            for name, value in average.items():
-                parameters[name].copy_(value)
-        checkpoint.save(policy.cpu(), folder / WEIGHTS)
+        export_policy(self.policy, folder, trained)
+
+
+def specialist_loss(
+    policy: Policy, batch: SpecialistBatch, conditioning: Conditioning
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The published loss, and how far the reference is from the demonstrated actions that it covers."""
+    reference = cut(conditioning.chunk, batch.left)
+    loss = policy.loss(
+        batch.observation,
+        batch.actions,
+        reference,
+        conditioning.hidden.to(batch.actions.dtype),
+        noise=batch.noise,
+        timesteps=batch.timesteps,
+        keep_conditioning=batch.keep,
+        hidden_mask=conditioning.mask,
+    )
+    covered = torch.arange(CHUNK, device=reference.device) < batch.left[:, None]
+    off = (reference - batch.actions).abs().mean(dim=-1)
+    return loss, {"reference_l1": (off * covered).sum() / covered.sum()}
+
+
+def export_policy(policy: Policy, folder: Path, trained: Mapping[str, Tensor]) -> None:
+    """Writes a policy with these values of its parameters, which are named from `policy.` on."""
+    policy = copy.deepcopy(policy).requires_grad_(False)
+    for name, parameter in policy.named_parameters(prefix="policy"):
+        if name in trained:
+            parameter.copy_(trained[name])
+    checkpoint.save(policy.cpu(), folder / WEIGHTS)
 
 
 def cut(chunk: Tensor, left: Tensor) -> Tensor:

@@ -48,6 +48,17 @@ Augment = Annotated[bool, option("--image_aug", help="Augment the images (publis
 Stride = Annotated[int, option("--window_stride", help="Steps between windows' starts (published: 1).", min=1)]
 Frames = Annotated[Path | None, option("--frames", help="A folder of `robodual data cache` to read the steps from.")]
 Bf16 = Annotated[bool | None, typer.Option("--bf16/--fp32", help="Autocast; without either, bf16 on CUDA.")]
+Quantisation = Annotated[str, option("--quantisation", help="Of the frozen base: none, int8 or nf4 (CUDA).")]
+UseLora = Annotated[bool, typer.Option("--use_lora/--full", help="Low-rank adapters, or all weights.")]
+LoraRank = Annotated[int, option("--lora_rank", min=1)]
+LoraDropout = Annotated[float, option("--lora_dropout", min=0.0, max=1.0)]
+Checkpointing = Annotated[bool, option("--gradient_checkpointing", help="Less memory, about a third slower.")]
+Merged = Annotated[bool, option("--merged", help="Save the merged weights too, as a folder in the published format.")]
+EvalEvery = Annotated[
+    int, option("--eval_every", help="Steps between closed-loop evaluations on the play table; 0: none.", min=0)
+]
+EvalSequences = Annotated[int, option("--eval_sequences", help="Five-task sequences of each.", min=1, max=1000)]
+Wandb = Annotated[str | None, option("--wandb", help="Report to this Weights & Biases project too.")]
 Resume = Annotated[bool, option("--resume", help="Go on from the newest checkpoint in the output.")]
 
 
@@ -95,6 +106,18 @@ def specialist(
     cache_conditioning: Annotated[
         Path | None, option("--cache_conditioning", help="Compute conditionings once, into this folder.")
     ] = None,
+    unfreeze_generalist: Annotated[
+        bool, option("--unfreeze_generalist", help="Train the generalist too, on the sum of both losses.")
+    ] = False,
+    use_lora: UseLora = True,
+    lora_rank: LoraRank = 32,
+    lora_dropout: LoraDropout = 0.0,
+    merged: Merged = False,
+    gradient_checkpointing: Checkpointing = False,
+    quantisation: Quantisation = "none",
+    eval_every: EvalEvery = 0,
+    eval_sequences: EvalSequences = 10,
+    wandb: Wandb = None,
     partial_data: Partial = 1.0,
     enriched: Enriched = None,
     image_aug: Augment = False,
@@ -106,19 +129,29 @@ def specialist(
     resume: Resume = False,
 ) -> None:
     """Trains the specialist against a frozen generalist. Under torchrun, on every process that it starts."""
+    from robodual.training.closed_loop import ClosedLoop
+    from robodual.training.generalist import ADAPTER, MERGED
     from robodual.training.loop import Settings
-    from robodual.training.runs import Data, Source, SpecialistOptions, train_specialist
+    from robodual.training.runs import Data, GeneralistOptions, Source, SpecialistOptions, train_specialist
+    from robodual.training.specialist import WEIGHTS
 
     settings = Settings(
         output, max_steps, batch_size, learning_rate, grad_accumulation_steps, weight_decay,
         warmup_steps=warmup_steps, cosine_cycles=cosine_cycles, save_steps=save_steps, keep=keep, seed=seed,
-        num_workers=num_workers, log_steps=log_steps, bf16=bf16,
+        num_workers=num_workers, log_steps=log_steps, bf16=bf16, eval_every=eval_every,
     )  # fmt: skip
+    unfreeze = GeneralistOptions(use_lora, lora_rank, lora_dropout, merged, gradient_checkpointing)
     options = SpecialistOptions(
         with_depth, with_gripper, with_tactile, num_inference_steps, cond_drop_chance, noise_draws, attention_dropout,
         start, vision_weights, train_vision, conditioning, cache_conditioning,  # type: ignore[arg-type]
+        unfreeze if unfreeze_generalist else None,
     )  # fmt: skip
-    source = Source(profile, generalist, tuple(adapter or ()), device)
+    source = Source(profile, generalist, tuple(adapter or ()), device, quantisation)
+    joint = unfreeze_generalist and (merged or not use_lora)
+    adapters = tuple(map(str, adapter or ())) + ((ADAPTER,) if unfreeze_generalist and not joint else ())
+    loop = ClosedLoop(
+        profile, device, MERGED if joint else generalist, () if joint else adapters, WEIGHTS, sequences=eval_sequences
+    )
     _run(
         output,
         max_steps,
@@ -128,8 +161,10 @@ def specialist(
             options,
             settings,
             resume=resume,
+            evaluate=loop,
             **callbacks,
         ),
+        wandb,
         caching=True,
     )
 
@@ -151,15 +186,18 @@ def generalist(
     save_steps: SaveSteps = 5_000,
     log_steps: LogSteps = 10,
     keep: Keep = 3,
-    use_lora: Annotated[bool, typer.Option("--use_lora/--full", help="Low-rank adapters, or all weights.")] = True,
-    lora_rank: Annotated[int, option("--lora_rank", min=1)] = 32,
-    lora_dropout: Annotated[float, option("--lora_dropout", min=0.0, max=1.0)] = 0.0,
-    merged: Annotated[
-        bool, option("--merged", help="Save the merged weights too, as a folder in the published format.")
+    use_lora: UseLora = True,
+    lora_rank: LoraRank = 32,
+    lora_dropout: LoraDropout = 0.0,
+    merged: Merged = False,
+    gradient_checkpointing: Checkpointing = False,
+    quantisation: Quantisation = "none",
+    fsdp: Annotated[
+        bool, option("--fsdp", help="With --full: weights and optimiser state spread over the processes.")
     ] = False,
-    gradient_checkpointing: Annotated[
-        bool, option("--gradient_checkpointing", help="Less memory, about a third slower.")
-    ] = False,
+    eval_every: EvalEvery = 0,
+    eval_sequences: EvalSequences = 10,
+    wandb: Wandb = None,
     partial_data: Partial = 1.0,
     enriched: Enriched = None,
     image_aug: Augment = False,
@@ -171,16 +209,23 @@ def generalist(
     resume: Resume = False,
 ) -> None:
     """Fine-tunes the generalist on action tokens. Under torchrun, on every process that it starts."""
+    from robodual.training.closed_loop import ClosedLoop
+    from robodual.training.generalist import ADAPTER, MERGED
     from robodual.training.loop import Settings
     from robodual.training.runs import Data, GeneralistOptions, Source, train_generalist
 
     settings = Settings(
         output, max_steps, batch_size, learning_rate, grad_accumulation_steps, warmup_steps=warmup_steps,
         cosine_cycles=cosine_cycles, save_steps=save_steps, keep=keep, seed=seed, num_workers=num_workers,
-        log_steps=log_steps, bf16=bf16,
+        log_steps=log_steps, bf16=bf16, eval_every=eval_every, fsdp=fsdp,
     )  # fmt: skip
     options = GeneralistOptions(use_lora, lora_rank, lora_dropout, merged, gradient_checkpointing)
-    source = Source(profile, generalist, tuple(adapter or ()), device)
+    source = Source(profile, generalist, tuple(adapter or ()), device, quantisation)
+    whole = merged or not use_lora
+    adapters = () if whole else (*map(str, adapter or ()), ADAPTER)
+    loop = ClosedLoop(
+        profile, device, MERGED if whole else generalist, adapters, only="generalist", sequences=eval_sequences
+    )
     _run(
         output,
         max_steps,
@@ -190,19 +235,23 @@ def generalist(
             options,
             settings,
             resume=resume,
+            evaluate=loop,
             **callbacks,
         ),
+        wandb,
     )
 
 
-def _run(output: Path, max_steps: int, training: Callable[..., int], *, caching: bool = False) -> None:
+def _run(
+    output: Path, max_steps: int, training: Callable[..., int], wandb: str | None, *, caching: bool = False
+) -> None:
     """Runs a training with its display; what is wrong becomes one line and exit status 1."""
     from robodual.training.display import shown
 
     leads = os.environ.get("RANK", "0") == "0"
     try:
         if leads:
-            with shown(output, max_steps, console) as display:
+            with shown(output, max_steps, console, wandb) as display:
                 callbacks = {"caching": display.caching} if caching else {}
                 steps = training(report=display, **callbacks)
         else:
