@@ -34,7 +34,7 @@ stderr = Console(stderr=True)
 
 S = TypeVar("S", bound=BaseSettings)
 
-PROFILE_HELP = "Model shapes: robodual-7b, or toy (seeded random weights at test widths)."
+PROFILE_HELP = "robodual-7b, playtable (comes with trained weights), or toy (seeded random weights at test widths)."
 FREE_PORT_HELP = "0 chooses a free one."
 DEVICE_HELP = "auto, cpu, cuda or cuda:N."
 
@@ -44,8 +44,9 @@ Port = Annotated[int | None, typer.Option(help="gRPC port; 0 chooses a free one.
 HttpPort = Annotated[int | None, typer.Option(help="Port of /healthz, /readyz, /metrics and /info.")]
 Host = Annotated[str | None, typer.Option(help="Address to bind; others than loopback need a token.")]
 RedisUrl = Annotated[str | None, typer.Option(help="redis://, rediss:// or unix://; ROBODUAL_REDIS_URL.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Weights; without it, seeded random ones.")]
-Folder = Annotated[str | None, typer.Option(help="Weights: a folder or a hub id; without it, seeded random ones.")]
+WITHOUT = "without it, the profile's own, or seeded random ones."
+Checkpoint = Annotated[Path | None, typer.Option(help=f"Weights; {WITHOUT}")]
+Folder = Annotated[str | None, typer.Option(help=f"Weights: a folder or a hub id; {WITHOUT}")]
 Sensor = Annotated[bool | None, typer.Option(help="Where it is to differ from the checkpoint or the profile.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
 
@@ -129,7 +130,7 @@ def _settings(kind: type[S], context: typer.Context) -> S:
 
 @app.command()
 def up(
-    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "toy",
+    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "playtable",
     generalist_checkpoint: Checkpoint = None,
     specialist_checkpoint: Checkpoint = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
@@ -205,7 +206,7 @@ def evaluate(context: typer.Context) -> None:
 def demo(
     sequences: Annotated[int, typer.Option(min=1, max=1000, help="How many five-task sequences.")] = 5,
     workers: Annotated[int, typer.Option(min=1, help="Simulator processes.")] = 2,
-    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "toy",
+    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "playtable",
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default a new one under runs/.")] = None,
 ) -> None:
     """Redis, both services and a simulator on this machine: five-task sequences, the table, a report with videos."""

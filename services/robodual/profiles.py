@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -24,3 +25,12 @@ PROFILES = {
     "playtable": Profile(GeneralistConfig.playtable(), SpecialistConfig.playtable(), word_tokenizer),
     "toy": Profile(GeneralistConfig.toy(), SpecialistConfig.toy()),
 }
+
+WEIGHTS = Path(__file__).parent / "weights"
+FILES = {"generalist": "generalist", "specialist": "specialist.safetensors"}
+
+
+def shipped(profile: str, half: str) -> Path | None:
+    """The weights of a profile's generalist or specialist that come with this package, or None: the play table's."""
+    path = WEIGHTS / profile / FILES[half]
+    return path if path.exists() else None

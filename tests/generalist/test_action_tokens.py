@@ -7,8 +7,9 @@ import pytest
 
 from robodual.generalist.config import GeneralistConfig, ImageConfig, TokenConfig
 from robodual.generalist.processor import Processor
-from robodual.generalist.tokenizer import byte_tokenizer
+from robodual.generalist.tokenizer import byte_tokenizer, prompt_text, word_tokenizer
 from robodual.generalist.tokens import decode_actions, encode_actions
+from robodual_client.calvin.annotations import load as evaluation_sentences
 
 PUBLISHED = TokenConfig()
 
@@ -87,3 +88,24 @@ def test_byte_tokens_keep_clear_of_special_and_action_tokens(config: GeneralistC
     reserved = {tokens.bos, tokens.eos, tokens.pad, tokens.separator, *range(tokens.action_start, tokens.action_end)}
     assert not reserved & set(ids[1:])
     assert max(tokenizer.get_vocab().values()) < config.language.vocabulary
+
+
+def test_word_tokens_make_short_prompts_of_the_evaluations_sentences_and_still_know_any_text() -> None:
+    tokens = GeneralistConfig.playtable().tokens
+    tokenizer = word_tokenizer(tokens)
+    assert word_tokenizer(tokens).to_str() == tokenizer.to_str()
+    assert max(tokenizer.get_vocab().values()) < tokens.action_start
+    processor = Processor(ImageConfig(), tokens, tokenizer)
+    for sentence in evaluation_sentences().values():
+        ids = processor.prompt(sentence)
+        assert (ids[0], ids[-1]) == (tokens.bos, tokens.separator)
+        words = len(prompt_text(sentence).replace("?", " ?").replace(":", " :").split())
+        assert len(ids) == words + 3  # begin, the new line, separator
+        assert tokenizer.decode(ids[1:-1]) == prompt_text(sentence)
+    odd = "Wipe the café's Größe, 机器人 🤖"
+    assert tokenizer.decode(tokenizer.encode(odd).ids[1:]) == odd
+
+
+def test_word_tokens_need_their_special_ids() -> None:
+    with pytest.raises(ValueError, match="expected pad, bos, eos and separator to be 0 to 3"):
+        word_tokenizer(GeneralistConfig.published().tokens)

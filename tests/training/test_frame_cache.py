@@ -58,7 +58,7 @@ def test_a_model_of_the_caches_size_sees_what_it_would_see_without(split: Path, 
             expected, found = (getattr(observation, field.name) for observation in seen)
             if not field.name.startswith("depth"):
                 assert torch.equal(expected, found), field.name
-        for name in ("depth_static", "depth_gripper"):
+        for name in ("static_depth", "gripper_depth"):
             maps = [getattr(preparation, name)([sample.frame]) for sample in (one, other)]
             assert (maps[0] - maps[1]).abs().max() < 1e-4, name
 

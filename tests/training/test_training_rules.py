@@ -138,3 +138,32 @@ def test_samples_of_several_context_lengths_give_the_loss_of_each_alone() -> Non
         noise=noise, timesteps=timesteps, keep_conditioning=keep, hidden_mask=mask,
     )  # fmt: skip
     torch.testing.assert_close(together, (alone[0] + alone[1]) / 2)
+
+
+def test_several_draws_of_one_observation_give_the_mean_of_their_losses() -> None:
+    config = TINY.specialist
+    policy = Policy(config).initialize(0).eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    size, draws = config.image_size, 3
+    colour, depth = draw(2, 3, size, size), draw(2, size, size)
+    seen = Observation(colour, colour + 1, draw(2, 7), depth, colour - 1, depth + 1)
+    actions, reference, hidden = draw(2, 8, 7), draw(2, 8, 7), draw(2, 6, config.context_width)
+    noise = draw(2 * draws, 8, 7)
+    timesteps = torch.tensor([0, 20, 40, 60, 80, 99])
+    keep = torch.tensor([1.0, 0, 1, 1, 1, 0])
+
+    def loss(of_each: slice) -> Tensor:
+        chosen = torch.arange(2 * draws).view(2, draws)[:, of_each].flatten()
+        return policy.loss(
+            seen, actions, reference, hidden,
+            noise=noise[chosen], timesteps=timesteps[chosen], keep_conditioning=keep[chosen],
+        )  # fmt: skip
+
+    together = loss(slice(draws))
+    apart = torch.stack([loss(slice(number, number + 1)) for number in range(draws)])
+    torch.testing.assert_close(together, apart.mean())
+    assert apart.std() > 0.01

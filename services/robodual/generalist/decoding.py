@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, LlamaModel
 
 from robodual.generalist.model import Generalist
 from robodual.generalist.tokens import ACTION, CHUNK, GENERATED
+
+# Transformers 5.24 renamed the argument.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class _Sequence:
             inputs_embeds=embeddings,
             attention_mask=self.mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE: self.cache},
         )
         hidden: Tensor = output.last_hidden_state
         return hidden

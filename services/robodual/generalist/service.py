@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from robodual.conditioning.record import Conditioning, Version
 from robodual.conditioning.store import Store, StoreUnavailable
 from robodual.generalist.engine import GeneralistEngine, Thought, load_generalist
+from robodual.profiles import shipped
 from robodual.serving import fields, server
 from robodual.serving.batching import Batcher
 from robodual.serving.errors import InvalidArgument, Unavailable
@@ -133,7 +134,7 @@ def _load(settings: GeneralistSettings) -> GeneralistEngine:
     try:
         return load_generalist(
             settings.profile,
-            checkpoint=settings.checkpoint,
+            checkpoint=settings.checkpoint or shipped(settings.profile, "generalist"),
             adapters=settings.adapters,
             merge_adapters=settings.merge_adapters,
             device=settings.device,

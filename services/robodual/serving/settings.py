@@ -37,10 +37,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, env_ignore_empty=True, hide_input_in_errors=True)
 
-    profile: str = "toy"
+    profile: str = "playtable"
     device: str = "auto"
     dtype: str = "auto"
-    seed: int = Field(0, description="of the weights, where there is no checkpoint")
+    seed: int = Field(0, description="of random weights, where there is no checkpoint")
     host: str = "127.0.0.1"
     redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="redis://, rediss:// or unix://")
     redis_timeout: Seconds = 2.0

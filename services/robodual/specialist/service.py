@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from robodual.conditioning.record import Version
 from robodual.conditioning.store import Store
+from robodual.profiles import shipped
 from robodual.serving import fields, server
 from robodual.serving.batching import Batcher
 from robodual.serving.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
@@ -298,7 +300,8 @@ async def serving(settings: SpecialistSettings, engine: SpecialistEngine | None 
         background.run("feed", feed.run())
         background.run("expiry", _expire(sessions, settings.session_ttl))
         cleanup.push_async_callback(background.close)
-        info = describe("specialist", model.facts, model.sensors)
+        facts = replace(model.facts, details={**model.facts.details, "only": settings.only or "no"})
+        info = describe("specialist", facts, model.sensors)
         service = SpecialistService(settings, batcher, sessions, feed, info, metrics)
         endpoints.open(service, info, end_streams=service.end_streams)
         cleanup.push_async_callback(endpoints.drain)
@@ -313,7 +316,7 @@ def run(settings: SpecialistSettings) -> None:
 def _load(settings: SpecialistSettings) -> SpecialistEngine:
     return load_specialist(
         settings.profile,
-        checkpoint=settings.checkpoint,
+        checkpoint=settings.checkpoint or shipped(settings.profile, "specialist"),
         device=settings.device,
         dtype=settings.dtype,
         seed=settings.seed,
