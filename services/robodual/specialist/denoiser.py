@@ -211,6 +211,12 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(config.blocks))
         self.final_layer = FinalLayer(width)
 
+    @property
+    def sensor_latents(self) -> int:
+        """How many tokens `sensor_context` has."""
+        adapters = (self.gripper_visual_adapter, self.depth_adapter, self.gripper_depth_adapter, self.tactile_adapter)
+        return len(self.visual_adapter.latents) * (2 + sum(adapter is not None for adapter in adapters))
+
     def sensor_context(self, tokens: Tokens) -> Tensor:
         """The sensors' part of the context, [B, latents * frames and maps, D], in the published order."""
         parts = [self.visual_adapter(tokens.static).flatten(1, 2)]
@@ -234,6 +240,7 @@ class Denoiser(nn.Module):
         proprio: Tensor,
         keep_conditioning: Tensor | None = None,
         hidden_mask: Tensor | None = None,
+        sensors: Tensor | None = None,
     ) -> Tensor:
         """One evaluation, everything computed anew, as published.
 
@@ -249,13 +256,15 @@ class Denoiser(nn.Module):
             keep_conditioning: [B * N] of 0 and 1; 0 masks a sample's conditioning vector for classifier-free guidance,
                 and nothing else of it
             hidden_mask: bool [B, L], False where a sample's hidden states are padding; all count without it
+            sensors: `sensor_context` of the tokens, for who has it already
 
         Returns:
             The predicted noise [B * N, 8, 7].
         """
         draws = len(x) // len(reference)
         projected = self.context_adapter(hidden_states)  # [B, L, D]
-        sensors = self.sensor_context(tokens)
+        if sensors is None:
+            sensors = self.sensor_context(tokens)
         context = torch.cat((sensors, projected), dim=1)
         if hidden_mask is None:
             mask, mean = None, projected.mean(dim=1)  # [B, D]

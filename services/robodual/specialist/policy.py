@@ -142,6 +142,8 @@ class Policy(nn.Module):
         timesteps: Tensor,
         keep_conditioning: Tensor,
         hidden_mask: Tensor | None = None,
+        tokens: Tokens | None = None,
+        sensors: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error between the added and the predicted noise, over everything (a scalar).
 
@@ -156,17 +158,19 @@ class Policy(nn.Module):
             timesteps: int64 [B * N], 0 to 99
             keep_conditioning: [B * N] of 0 and 1: which draws keep their conditioning vector
             hidden_mask: bool [B, L], False where a sample's hidden states are padding; all count without it
+            tokens, sensors: the observation's, for who has them already
         """
         repeated = actions.repeat_interleave(len(noise) // len(actions), dim=0)
         predicted = self.model(
             ddim.add_noise(repeated, noise, timesteps),
             timesteps,
             reference=reference,
-            tokens=self.encode(observation),
+            tokens=self.encode(observation) if tokens is None else tokens,
             hidden_states=hidden_states,
             proprio=observation.proprio,
             keep_conditioning=keep_conditioning,
             hidden_mask=hidden_mask,
+            sensors=sensors,
         )
         return F.mse_loss(predicted, noise)
 

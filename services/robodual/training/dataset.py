@@ -43,6 +43,7 @@ class Sample:
     actions: npt.NDArray[np.float32]
     history: npt.NDArray[np.float32]
     valid_cond_mask: npt.NDArray[np.float32]
+    scene: npt.NDArray[np.float32] | None = None  # [24], of the specialist's step, where it is asked for
 
 
 class CalvinDataset(Dataset[Sample]):
@@ -60,6 +61,7 @@ class CalvinDataset(Dataset[Sample]):
         augment: whether to augment the images
         stride: only every so many steps does a window start (published: 1); shifts still reach every step below 8
         frames: a cache to read the steps from instead of the split's files
+        scene: whether samples say where everything is
 
     Raises:
         DatasetError: which file is missing or damaged and how many are, or that no window fits.
@@ -77,11 +79,13 @@ class CalvinDataset(Dataset[Sample]):
         augment: bool = False,
         stride: int = 1,
         frames: Path | None = None,
+        scene: bool = False,
     ) -> None:
         if not 0 < partial <= 1:
             raise DatasetError(f"partial: expected more than 0 and at most 1, got {partial}")
         self.recording = Recording(split)
         self.stride = stride
+        self.scene = scene
         self._source = self.recording if frames is None else FrameCache(frames, self.recording)
         self.sensors = frozenset(sensors)
         self.shifts = max(chunk, 1)
@@ -137,6 +141,8 @@ class CalvinDataset(Dataset[Sample]):
         wanted[window.start].add("rgb_static")
         wanted[window.previous].add("rgb_static")
         wanted[window.current] |= {"robot_obs", "rgb_static", *(self.sensors - {"proprio"})}
+        if self.scene:
+            wanted[window.current].add("scene_obs")
         try:
             steps = {step: self._source.read(step, names) for step, names in wanted.items()}
         except FileNotFoundError as error:
@@ -155,6 +161,7 @@ class CalvinDataset(Dataset[Sample]):
             actions=window.targets(actions),
             history=window.history(actions),
             valid_cond_mask=window.valid_cond_mask,
+            scene=current["scene_obs"].astype(np.float32) if self.scene else None,
         )
 
 

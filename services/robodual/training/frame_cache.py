@@ -19,7 +19,7 @@ from robodual.specialist.depth import resize
 from robodual.training.annotations import DatasetError
 from robodual.training.recording import Recording, step_name
 
-ALWAYS = ("rel_actions", "robot_obs")
+ALWAYS = ("rel_actions", "robot_obs", "scene_obs")
 SENSORS = ("rgb_static", "rgb_gripper", "depth_static", "depth_gripper", "rgb_tactile")
 DEPTH_UNIT = 1e-4  # metres; 16 bits of it reach 6.5 m, and CALVIN's cameras end at 6.2 m
 PART = 512  # steps that a worker process does at a time

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from robodual.facts import CheckpointError
 from robodual.generalist.engine import GeneralistEngine, load_generalist
@@ -25,10 +27,12 @@ from robodual.training.generalist import GeneralistCollate, GeneralistLearner, L
 from robodual.training.group import Group, joined
 from robodual.training.joint import JointLearner
 from robodual.training.loop import Evaluate, Learner, Report, Settings, train
-from robodual.training.specialist import SpecialistBatch, SpecialistCollate, SpecialistLearner
-from robodual.training.starting_weights import start_generalist, starting_policy
+from robodual.training.scene import SceneHead
+from robodual.training.specialist import SpecialistBatch, SpecialistCollate, SpecialistLearner, conditioned
+from robodual.training.starting_weights import start_generalist, starting_policy, whiten
 
 GUIDANCE_SCALE = 3.0
+SURVEYED = 1024  # windows that are looked at for the data's statistics
 
 Progress = Callable[[Report], None]
 
@@ -44,7 +48,7 @@ class Data:
     window_stride: int = 1
     frames: Path | None = None  # a folder of `robodual data cache`
 
-    def open(self, seed: int, sensors: tuple[str, ...], chunk: int) -> CalvinDataset:
+    def open(self, seed: int, sensors: tuple[str, ...], chunk: int, scene: bool = False) -> CalvinDataset:
         split = self.folder / "training"
         return CalvinDataset(
             split if split.is_dir() else self.folder,
@@ -56,6 +60,7 @@ class Data:
             augment=self.image_aug,
             stride=self.window_stride,
             frames=self.frames,
+            scene=scene,
         )
 
     def described(self, dataset: CalvinDataset) -> dict[str, Any]:
@@ -107,6 +112,8 @@ class SpecialistOptions:
     train_vision: bool = False
     conditioning: Mode = "forced"
     cache_conditioning: Path | None = None
+    whiten_inputs: bool = False
+    scene_weight: float = 0.0
     unfreeze: GeneralistOptions | None = None  # trains the generalist too, as it says
 
 
@@ -146,7 +153,7 @@ def train_specialist(
         engine = source.load(group, settings.seed, dtype)
         conditioner = Conditioner(engine.model, constrained=engine.constrained, mode=options.conditioning)
         policy = _policy(source.profile, engine.width, options, settings.seed).to(group.device)
-        dataset = data.open(settings.seed, policy.config.sensors, chunk=8)
+        dataset = data.open(settings.seed, policy.config.sensors, chunk=8, scene=options.scene_weight > 0)
         facts = {"generalist": engine.facts.checkpoint, "conditioning": options.conditioning}
         cache = None
         if options.cache_conditioning is not None:
@@ -164,7 +171,15 @@ def train_specialist(
         if options.unfreeze is not None:
             learner = JointLearner(policy, _generalist_learner(engine, source, options.unfreeze, settings.seed))
         else:
-            learner = SpecialistLearner(policy, conditioner if cache is None else None)
+            head = None
+            if options.whiten_inputs or options.scene_weight:
+                proprio, means, scenes = _surveyed(dataset, collate, conditioner, group, settings.seed)
+                if options.whiten_inputs and options.start is None:
+                    whiten(policy, proprio, means)
+                if scenes is not None:
+                    latents = policy.model.sensor_latents * policy.config.width
+                    head = SceneHead(latents, scenes)
+            learner = SpecialistLearner(policy, conditioner if cache is None else None, head, options.scene_weight)
         described_all = {
             **facts,
             **data.described(dataset),
@@ -174,6 +189,8 @@ def train_specialist(
             "attention_dropout": options.attention_dropout,
             "train_vision": options.train_vision,
             "cached": cache is not None,
+            "whiten_inputs": options.whiten_inputs,
+            "scene_weight": options.scene_weight,
             "unfreeze": None if options.unfreeze is None else asdict(options.unfreeze),
         }
         return train(
@@ -182,12 +199,31 @@ def train_specialist(
         )  # fmt: skip
 
 
+def _surveyed(
+    dataset: CalvinDataset, collate: SpecialistCollate, conditioner: Conditioner, group: Group, seed: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of windows spread over the data, the same on every process: proprioception [N, 7], the mean hidden state of each
+    conditioning [N, D], and scene_obs [N, 24] where the data set gives it."""
+    chosen = np.random.default_rng(seed).choice(len(dataset), min(SURVEYED, len(dataset)), replace=False)
+    proprio, means, scenes = [], [], []
+    for begin in range(0, len(chosen), 32):
+        batch = collate([dataset[0, int(index)] for index in chosen[begin : begin + 32]]).to(group.device)
+        known = conditioned(batch, conditioner)
+        kept = known.mask[..., None]
+        means.append((known.hidden.float() * kept).sum(dim=1) / kept.sum(dim=1))
+        proprio.append(batch.observation.proprio)
+        scenes += [] if batch.scene is None else [batch.scene]
+    return torch.cat(proprio), torch.cat(means), torch.cat(scenes) if scenes else None
+
+
 def _check(options: SpecialistOptions, settings: Settings, source: Source) -> None:
     if options.conditioning not in MODES:
         raise ValueError(f"conditioning: expected one of {', '.join(MODES)}, got {options.conditioning!r}")
     if settings.fsdp:
         raise ValueError("fsdp: is for a generalist with all its weights (train generalist --full)")
     if options.unfreeze is not None:
+        if options.scene_weight or options.whiten_inputs:
+            raise ValueError("unfreeze_generalist: scene_weight and whiten_inputs are for a specialist's own training")
         if options.conditioning != "forced" or options.cache_conditioning is not None:
             raise ValueError(
                 "unfreeze_generalist: its conditioning changes with every step, so it is forced, not cached"

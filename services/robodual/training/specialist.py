@@ -15,6 +15,7 @@ from torch import Tensor
 from robodual.generalist.processor import Processor
 from robodual.specialist import checkpoint
 from robodual.specialist.config import ACTION, CHUNK, TRAINING_STEPS
+from robodual.specialist.denoiser import Tokens
 from robodual.specialist.frames import Preparation
 from robodual.specialist.policy import Observation, Policy
 from robodual.training.conditioner import Conditioner, Conditioning
@@ -22,6 +23,7 @@ from robodual.training.conditioning_cache import ConditioningCache
 from robodual.training.dataset import Sample
 from robodual.training.loop import Learner
 from robodual.training.prompting import Prompts
+from robodual.training.scene import SceneHead
 
 WEIGHTS = "specialist.safetensors"
 _DIFFUSION = 1  # tells the draws below from those of the data set
@@ -43,6 +45,7 @@ class SpecialistBatch:
     left: Tensor
     prompts: Prompts | None
     conditioning: Conditioning | None
+    scene: Tensor | None = None  # scene_obs [B, 24], where a scene head learns to read it
 
     def to(self, device: torch.device) -> SpecialistBatch:
         observation: dict[str, Any] = {
@@ -58,6 +61,7 @@ class SpecialistBatch:
             left=self.left.to(device),
             prompts=None if self.prompts is None else self.prompts.to(device),
             conditioning=None if self.conditioning is None else self.conditioning.to(device),
+            scene=None if self.scene is None else self.scene.to(device),
         )
 
 
@@ -90,6 +94,7 @@ class SpecialistCollate:
             left=torch.tensor([CHUNK - sample.window.shift for sample in samples]),
             prompts=Prompts.collate(samples, self.processor) if self.cache is None else None,
             conditioning=None if self.cache is None else self.cache.read(samples),
+            scene=_scene(samples),
         )
 
     def _draws(self, sample: Sample) -> Iterator[tuple[np.ndarray, int, float]]:
@@ -98,6 +103,11 @@ class SpecialistCollate:
             noise = random.standard_normal((CHUNK, ACTION), dtype=np.float32)
             timestep = int(random.integers(TRAINING_STEPS))
             yield noise, timestep, float(random.random() >= self.cond_drop_chance)
+
+
+def _scene(samples: Sequence[Sample]) -> Tensor | None:
+    scenes = [sample.scene for sample in samples if sample.scene is not None]
+    return torch.from_numpy(np.stack(scenes)) if scenes else None
 
 
 def _stack(observations: Sequence[Observation]) -> Observation:
@@ -113,26 +123,50 @@ class SpecialistLearner(Learner[SpecialistBatch]):
 
     averaged = True
 
-    def __init__(self, policy: Policy, conditioner: Conditioner | None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        conditioner: Conditioner | None,
+        scene_head: SceneHead | None = None,
+        scene_weight: float = 0.0,
+    ) -> None:
+        """scene_head: reads the scene off the sensors' latents, with a loss that counts `scene_weight` times."""
         super().__init__()
         self.policy = policy
         self.conditioner = conditioner
+        self.scene_head = scene_head
+        self.scene_weight = scene_weight
 
     def forward(self, batch: SpecialistBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        conditioning = batch.conditioning
-        if conditioning is None:
-            if self.conditioner is None or batch.prompts is None:
-                raise ValueError("a batch without conditioning needs a generalist")
-            conditioning = self.conditioner(batch.prompts)
-        return specialist_loss(self.policy, batch, conditioning)
+        conditioning = conditioned(batch, self.conditioner)
+        if self.scene_head is None or batch.scene is None:
+            return specialist_loss(self.policy, batch, conditioning)
+        tokens = self.policy.encode(batch.observation)
+        sensors = self.policy.model.sensor_context(tokens)
+        loss, shown = specialist_loss(self.policy, batch, conditioning, tokens, sensors)
+        seen = self.scene_head(sensors, batch.scene)
+        return loss + self.scene_weight * seen, {"noise_loss": loss, "scene_loss": seen, **shown}
 
     def export(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
         """`specialist.safetensors` with the averaged weights, ready to be served."""
         export_policy(self.policy, folder, trained)
 
 
+def conditioned(batch: SpecialistBatch, conditioner: Conditioner | None) -> Conditioning:
+    """The batch's conditioning, computed where it is not there."""
+    if batch.conditioning is not None:
+        return batch.conditioning
+    if conditioner is None or batch.prompts is None:
+        raise ValueError("a batch without conditioning needs a generalist")
+    return conditioner(batch.prompts)
+
+
 def specialist_loss(
-    policy: Policy, batch: SpecialistBatch, conditioning: Conditioning
+    policy: Policy,
+    batch: SpecialistBatch,
+    conditioning: Conditioning,
+    tokens: Tokens | None = None,
+    sensors: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The published loss, and how far the reference is from the demonstrated actions that it covers."""
     reference = cut(conditioning.chunk, batch.left)
@@ -145,6 +179,8 @@ def specialist_loss(
         timesteps=batch.timesteps,
         keep_conditioning=batch.keep,
         hidden_mask=conditioning.mask,
+        tokens=tokens,
+        sensors=sensors,
     )
     covered = torch.arange(CHUNK, device=reference.device) < batch.left[:, None]
     off = (reference - batch.actions).abs().mean(dim=-1)

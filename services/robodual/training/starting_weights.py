@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from robodual.facts import CheckpointError
 from robodual.generalist.model import Generalist
@@ -42,6 +42,30 @@ def starting_policy(config: SpecialistConfig, seed: int, vision: Path | None = N
     if vision is not None:
         _load_vision(policy, vision)
     return policy
+
+
+@torch.no_grad()
+def whiten(policy: Policy, proprio: Tensor, means: Tensor) -> None:
+    """Makes a fresh specialist's two inputs to its conditioning vector vary by about 1, by its own first layers.
+
+    The published start takes metres and the mean of some hundred hidden states as they are: what tells one step from
+    another is then a small part of the vector, which 100,000 steps find and a few thousand do not.
+
+    Args:
+        proprio: [N, 7], of the data
+        means: [N, context width], each the mean of one conditioning's hidden states
+    """
+
+    def absorb(layer: nn.Linear, values: Tensor, gain: float) -> None:
+        deviation = values.std(dim=0).clamp(min=1e-2 * float(values.std()))
+        layer.weight.copy_(gain * layer.weight / deviation)
+        layer.bias.sub_(layer.weight @ values.mean(dim=0))
+
+    model = policy.model
+    first = _linear(model.proprio_embedder[0])
+    # Xavier's start is for inputs as many as outputs.
+    absorb(first, proprio, (sum(first.weight.shape) / (2 * first.in_features)) ** 0.5)
+    absorb(model.context_adapter, means, (sum(model.context_adapter.weight.shape) / (2 * means.shape[1])) ** 0.5)
 
 
 @torch.no_grad()

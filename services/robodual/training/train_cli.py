@@ -118,6 +118,12 @@ def specialist(
     eval_every: EvalEvery = 0,
     eval_sequences: EvalSequences = 10,
     wandb: Wandb = None,
+    whiten_inputs: Annotated[
+        bool, option("--whiten_inputs", help="Start with first layers that fit the data's scale.")
+    ] = False,
+    scene_weight: Annotated[
+        float, option("--scene_weight", help="Of an auxiliary loss: reading the scene off the sensors.", min=0.0)
+    ] = 0.0,
     partial_data: Partial = 1.0,
     enriched: Enriched = None,
     image_aug: Augment = False,
@@ -144,7 +150,7 @@ def specialist(
     options = SpecialistOptions(
         with_depth, with_gripper, with_tactile, num_inference_steps, cond_drop_chance, noise_draws, attention_dropout,
         start, vision_weights, train_vision, conditioning, cache_conditioning,  # type: ignore[arg-type]
-        unfreeze if unfreeze_generalist else None,
+        whiten_inputs, scene_weight, unfreeze if unfreeze_generalist else None,
     )  # fmt: skip
     source = Source(profile, generalist, tuple(adapter or ()), device, quantisation)
     joint = unfreeze_generalist and (merged or not use_lora)
