@@ -68,6 +68,18 @@ def schedule(steps: int) -> list[Step]:
     return table
 
 
+def loss_weights(gamma: float) -> Tensor:
+    """How much each timestep's loss counts, float32 [100] with mean 1: min(SNR, gamma) / SNR (arXiv 2303.09556).
+
+    SNR is a / (1 - a). At a gamma well below 1 it is the error of the actions that counts, not that of the noise: the
+    noise of nearly clean samples, which nobody can tell from them, no longer drowns what the conditioning says.
+    """
+    alphas = alphas_cumprod()
+    ratio = alphas / (1 - alphas)
+    weights = ratio.clamp(max=gamma) / ratio
+    return weights / weights.mean()
+
+
 def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """The forward process: x0 and noise [B, ...], timesteps int64 [B]."""
     alphas = alphas_cumprod().to(x0.device)[timesteps].view(-1, *[1] * (x0.dim() - 1))

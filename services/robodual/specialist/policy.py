@@ -144,6 +144,7 @@ class Policy(nn.Module):
         hidden_mask: Tensor | None = None,
         tokens: Tokens | None = None,
         sensors: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error between the added and the predicted noise, over everything (a scalar).
 
@@ -159,6 +160,7 @@ class Policy(nn.Module):
             keep_conditioning: [B * N] of 0 and 1: which draws keep their conditioning vector
             hidden_mask: bool [B, L], False where a sample's hidden states are padding; all count without it
             tokens, sensors: the observation's, for who has them already
+            weights: [100], of each timestep's loss (`ddim.loss_weights`); all alike without them, as published
         """
         repeated = actions.repeat_interleave(len(noise) // len(actions), dim=0)
         predicted = self.model(
@@ -172,7 +174,9 @@ class Policy(nn.Module):
             hidden_mask=hidden_mask,
             sensors=sensors,
         )
-        return F.mse_loss(predicted, noise)
+        if weights is None:
+            return F.mse_loss(predicted, noise)
+        return ((predicted - noise).square().mean(dim=(1, 2)) * weights[timesteps]).mean()
 
     def set_attention_dropout(self, chance: float) -> None:
         """Of the denoiser's attention weights, in training; nothing in service depends on it."""

@@ -114,6 +114,7 @@ class SpecialistOptions:
     cache_conditioning: Path | None = None
     whiten_inputs: bool = False
     scene_weight: float = 0.0
+    min_snr_gamma: float | None = None
     unfreeze: GeneralistOptions | None = None  # trains the generalist too, as it says
 
 
@@ -179,7 +180,13 @@ def train_specialist(
                 if scenes is not None:
                     latents = policy.model.sensor_latents * policy.config.width
                     head = SceneHead(latents, scenes)
-            learner = SpecialistLearner(policy, conditioner if cache is None else None, head, options.scene_weight)
+            learner = SpecialistLearner(
+                policy,
+                conditioner if cache is None else None,
+                head,
+                options.scene_weight,
+                options.min_snr_gamma,
+            )
         described_all = {
             **facts,
             **data.described(dataset),
@@ -191,6 +198,7 @@ def train_specialist(
             "cached": cache is not None,
             "whiten_inputs": options.whiten_inputs,
             "scene_weight": options.scene_weight,
+            "min_snr_gamma": options.min_snr_gamma,
             "unfreeze": None if options.unfreeze is None else asdict(options.unfreeze),
         }
         return train(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robodual.generalist.processor import Processor
-from robodual.specialist import checkpoint
+from robodual.specialist import checkpoint, ddim
 from robodual.specialist.config import ACTION, CHUNK, TRAINING_STEPS
 from robodual.specialist.denoiser import Tokens
 from robodual.specialist.frames import Preparation
@@ -122,6 +122,7 @@ class SpecialistLearner(Learner[SpecialistBatch]):
     """The policy with the published loss; the generalist is no part of it."""
 
     averaged = True
+    weights: Tensor | None
 
     def __init__(
         self,
@@ -129,9 +130,13 @@ class SpecialistLearner(Learner[SpecialistBatch]):
         conditioner: Conditioner | None,
         scene_head: SceneHead | None = None,
         scene_weight: float = 0.0,
+        min_snr_gamma: float | None = None,
     ) -> None:
-        """scene_head: reads the scene off the sensors' latents, with a loss that counts `scene_weight` times."""
+        """scene_head: reads the scene off the sensors' latents, with a loss that counts `scene_weight` times.
+        min_snr_gamma: of the noise's loss (`ddim.loss_weights`)"""
         super().__init__()
+        weights = None if min_snr_gamma is None else ddim.loss_weights(min_snr_gamma)
+        self.register_buffer("weights", weights, persistent=False)
         self.policy = policy
         self.conditioner = conditioner
         self.scene_head = scene_head
@@ -140,10 +145,10 @@ class SpecialistLearner(Learner[SpecialistBatch]):
     def forward(self, batch: SpecialistBatch) -> tuple[Tensor, dict[str, Tensor]]:
         conditioning = conditioned(batch, self.conditioner)
         if self.scene_head is None or batch.scene is None:
-            return specialist_loss(self.policy, batch, conditioning)
+            return specialist_loss(self.policy, batch, conditioning, weights=self.weights)
         tokens = self.policy.encode(batch.observation)
         sensors = self.policy.model.sensor_context(tokens)
-        loss, shown = specialist_loss(self.policy, batch, conditioning, tokens, sensors)
+        loss, shown = specialist_loss(self.policy, batch, conditioning, tokens, sensors, self.weights)
         seen = self.scene_head(sensors, batch.scene)
         return loss + self.scene_weight * seen, {"noise_loss": loss, "scene_loss": seen, **shown}
 
@@ -167,6 +172,7 @@ def specialist_loss(
     conditioning: Conditioning,
     tokens: Tokens | None = None,
     sensors: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The published loss, and how far the reference is from the demonstrated actions that it covers."""
     reference = cut(conditioning.chunk, batch.left)
@@ -181,6 +187,7 @@ def specialist_loss(
         hidden_mask=conditioning.mask,
         tokens=tokens,
         sensors=sensors,
+        weights=weights,
     )
     covered = torch.arange(CHUNK, device=reference.device) < batch.left[:, None]
     off = (reference - batch.actions).abs().mean(dim=-1)

@@ -95,7 +95,7 @@ def specialist(
     with_depth: Annotated[bool | None, typer.Option("--with_depth/--without_depth")] = None,
     with_gripper: Annotated[bool | None, typer.Option("--with_gripper/--without_gripper")] = None,
     with_tactile: Annotated[bool | None, typer.Option("--with_tactile/--without_tactile")] = None,
-    start: Annotated[Path | None, option("--start", help="A specialist's checkpoint to start from.")] = None,
+    start: Annotated[Path | None, option("--specialist", help="A specialist's checkpoint to go on from.")] = None,
     vision_weights: Annotated[
         Path | None, option("--vision_weights", help="DINO ViT-S/16 as safetensors (timm's names).")
     ] = None,
@@ -124,6 +124,9 @@ def specialist(
     scene_weight: Annotated[
         float, option("--scene_weight", help="Of an auxiliary loss: reading the scene off the sensors.", min=0.0)
     ] = 0.0,
+    min_snr_gamma: Annotated[
+        float | None, option("--min_snr_gamma", help="Weighs the noisiest timesteps more (published: none).", min=1e-3)
+    ] = None,
     partial_data: Partial = 1.0,
     enriched: Enriched = None,
     image_aug: Augment = False,
@@ -150,7 +153,7 @@ def specialist(
     options = SpecialistOptions(
         with_depth, with_gripper, with_tactile, num_inference_steps, cond_drop_chance, noise_draws, attention_dropout,
         start, vision_weights, train_vision, conditioning, cache_conditioning,  # type: ignore[arg-type]
-        whiten_inputs, scene_weight, unfreeze if unfreeze_generalist else None,
+        whiten_inputs, scene_weight, min_snr_gamma, unfreeze if unfreeze_generalist else None,
     )  # fmt: skip
     source = Source(profile, generalist, tuple(adapter or ()), device, quantisation)
     joint = unfreeze_generalist and (merged or not use_lora)
