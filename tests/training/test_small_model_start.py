@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import SOURCE, SPECIALIST, TINY, data, settings
 from torch import Tensor
 
+from robodual.specialist.ddim import alphas_cumprod, loss_weights
 from robodual.specialist.engine import load_specialist
 from robodual.training.loop import Report
 from robodual.training.runs import GeneralistOptions, train_specialist
@@ -70,12 +71,12 @@ def test_a_scene_is_described_without_the_half_turn_that_cannot_be_seen() -> Non
 def test_the_scene_is_learnt_beside_the_actions_and_left_out_of_what_is_served(split: Path, tmp_path: Path) -> None:
     options = replace(SPECIALIST, whiten_inputs=True, scene_weight=0.5)
     reports: list[Report] = []
-    values = settings(tmp_path, 40, learning_rate=3e-3, save_steps=20)
+    values = settings(tmp_path, 60, learning_rate=3e-3, save_steps=30)
     train_specialist(SOURCE, data(split), options, values, report=reports.append)
     first, last = reports[0], reports[-1]
     assert first.loss == pytest.approx(first.metrics["noise_loss"] + 0.5 * first.metrics["scene_loss"], rel=1e-5)
     assert last.metrics["scene_loss"] < 0.5 * first.metrics["scene_loss"]
-    checkpoint = tmp_path / "checkpoints" / "step-00000040"
+    checkpoint = tmp_path / "checkpoints" / "step-00000060"
     assert load_specialist("tiny", checkpoint=checkpoint / "specialist.safetensors", device="cpu")
     assert "parameter.scene_head.read.weight" in load_file(checkpoint / "state.safetensors")
     # Resumed from the middle, whitening does not start over.
@@ -91,3 +92,27 @@ def test_they_are_not_for_joint_training(split: Path, tmp_path: Path) -> None:
     options = replace(SPECIALIST, whiten_inputs=True, unfreeze=GeneralistOptions(use_lora=False))
     with pytest.raises(ValueError, match="scene_weight and whiten_inputs are for a specialist's own training"):
         train_specialist(SOURCE, data(split), options, settings(tmp_path, 1))
+
+
+def test_a_small_gamma_makes_the_loss_that_of_the_actions() -> None:
+    """Below the clamp, weighted noise errors are the errors of the actions that they stand for, up to a factor."""
+    weights, signal = loss_weights(0.01), alphas_cumprod()
+    assert weights.mean() == pytest.approx(1)
+    noise_error = 0.1
+    actions_error = noise_error * ((1 - signal) / signal).sqrt()
+    ratio = weights * noise_error**2 / actions_error**2
+    clamped = signal / (1 - signal) < 0.01
+    torch.testing.assert_close(ratio[~clamped], ratio[0].expand_as(ratio[~clamped]))
+    assert weights[clamped].unique().numel() == 1
+    assert (loss_weights(1e9) == 1).all()
+
+
+def test_weighted_losses_train_the_noisiest_steps_more(split: Path, tmp_path: Path) -> None:
+    losses = []
+    for gamma in (None, 0.05, 1e9):
+        reports: list[Report] = []
+        options = replace(SPECIALIST, min_snr_gamma=gamma)
+        train_specialist(SOURCE, data(split), options, settings(tmp_path / str(gamma), 2), report=reports.append)
+        losses.append(reports[0].loss)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-2)

@@ -176,7 +176,8 @@ class Policy(nn.Module):
         )
         if weights is None:
             return F.mse_loss(predicted, noise)
-        return ((predicted - noise).square().mean(dim=(1, 2)) * weights[timesteps]).mean()
+        each: Tensor = (predicted - noise).square().mean(dim=(1, 2))
+        return (each * weights[timesteps]).mean()
 
     def set_attention_dropout(self, chance: float) -> None:
         """Of the denoiser's attention weights, in training; nothing in service depends on it."""

@@ -64,8 +64,8 @@ class Progress:
         optimizer: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
         try:
             with safe_open(path, framework="pt") as file:
-                names = set(file.keys())
-                if lacking := sorted(expected.keys() - names):
+                names = sorted(file.keys())  # in one order on every process, which share what is spread
+                if lacking := sorted(expected.keys() - set(names)):
                     raise CheckpointError(f"{path}: no {lacking[0]}; it is of another model or other settings")
                 for name in names:
                     kind, _, rest = name.partition(".")

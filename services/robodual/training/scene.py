@@ -12,7 +12,7 @@ DEVIATION = 1e-3  # what hardly ever changes in the data is not blown up
 def described(scene_obs: Tensor) -> Tensor:
     """scene_obs [B, 24] to [B, 21]: doors, button, switch and lamps (6), the blocks' places (9), cosine and sine of
     twice their yaw (6), since a block turned by half a turn looks the same."""
-    poses = scene_obs[:, 6:].unflatten(1, (3, 6))
+    poses = scene_obs[:, 6:].reshape(-1, 3, 6)
     yaw = 2 * poses[..., 5]
     return torch.cat((scene_obs[:, :6], poses[..., :3].flatten(1), yaw.cos(), yaw.sin()), dim=1)
 
