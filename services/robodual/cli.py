@@ -130,7 +130,7 @@ def _settings(kind: type[S], context: typer.Context) -> S:
 
 @app.command()
 def up(
-    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "toy",
+    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "playtable",
     generalist_checkpoint: Checkpoint = None,
     specialist_checkpoint: Checkpoint = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
@@ -206,7 +206,7 @@ def evaluate(context: typer.Context) -> None:
 def demo(
     sequences: Annotated[int, typer.Option(min=1, max=1000, help="How many five-task sequences.")] = 5,
     workers: Annotated[int, typer.Option(min=1, help="Simulator processes.")] = 2,
-    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "toy",
+    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "playtable",
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default a new one under runs/.")] = None,
 ) -> None:
     """Redis, both services and a simulator on this machine: five-task sequences, the table, a report with videos."""

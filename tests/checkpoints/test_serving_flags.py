@@ -14,6 +14,7 @@ from robodual.cli import app
 from robodual.generalist import service as generalist_service
 from robodual.generalist.checkpoint import save_checkpoint
 from robodual.generalist.engine import load_generalist
+from robodual.profiles import shipped
 from robodual.specialist import service as specialist_service
 from robodual.specialist.engine import load_specialist
 
@@ -58,14 +59,18 @@ def test_generalist_variables_hold_where_no_flag_is_given(monkeypatch: pytest.Mo
     monkeypatch.delenv("ROBODUAL_GENERALIST_ADAPTERS")
     monkeypatch.delenv("ROBODUAL_GENERALIST_CONSTRAINED")
     seen = given("generalist", [], monkeypatch)
-    assert (seen["adapters"], seen["constrained"], seen["checkpoint"]) == ((), None, None)
+    assert (seen["adapters"], seen["constrained"]) == ((), None)
+    assert seen["checkpoint"] == shipped("playtable", "generalist")
+    assert seen["checkpoint"].is_dir()
+    monkeypatch.setenv("ROBODUAL_PROFILE", "toy")
+    assert given("generalist", [], monkeypatch)["checkpoint"] is None
 
 
 def test_specialist_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--checkpoint", "ema.pt", "--with-tactile", "--no-with-gripper", "--image-strategy", "letterbox"]
     flags += ["--diffusion-steps", "5", "--guidance-scale", "1.5"]
     assert given("specialist", flags, monkeypatch) == {
-        "profile": "toy",
+        "profile": "playtable",
         "checkpoint": Path("ema.pt"),
         "device": "auto",
         "dtype": "auto",

@@ -67,7 +67,7 @@ def test_it_says_when_it_is_ready_and_ends_in_order_when_told(service: str, numb
     with process(service, url) as (child, lines):
         name = {"generalist": rpc.GENERALIST, "specialist": rpc.SPECIALIST}[service]
         with grpc.insecure_channel(f"127.0.0.1:{port(lines)}") as channel:
-            assert rpc.Stub(channel, name).GetInfo(wire.InfoRequest(), timeout=10).profile == "toy"
+            assert rpc.Stub(channel, name).GetInfo(wire.InfoRequest(), timeout=10).profile == "playtable"
         child.send_signal(number)
         assert child.wait(15) == 0
     assert '"event": "stopped"' in lines[-1]

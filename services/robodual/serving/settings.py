@@ -37,7 +37,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, env_ignore_empty=True, hide_input_in_errors=True)
 
-    profile: str = "toy"
+    profile: str = "playtable"
     device: str = "auto"
     dtype: str = "auto"
     seed: int = Field(0, description="of random weights, where there is no checkpoint")

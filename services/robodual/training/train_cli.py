@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from robodual.training.data_cli import fail
 
 train = typer.Typer(help="Trains the generalist or the specialist (docs/training.md).", no_args_is_help=True)
 console = Console()
+# PEFT imports bitsandbytes where it is installed, which warns of a CPU kernel that no training here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def option(*names: str, **settings: Any) -> Any:
