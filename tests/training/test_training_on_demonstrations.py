@@ -16,7 +16,7 @@ from robodual.specialist.engine import load_specialist
 
 DEMONSTRATIONS = 200
 UNTRAINED = 1.0  # the mean square of the noise: what a specialist that predicts none has
-TRAINED = 0.5
+TRAINED = 0.3
 
 
 def robodual(*arguments: str, folder: Path) -> str:
