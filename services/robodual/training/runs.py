@@ -230,8 +230,10 @@ def _check(options: SpecialistOptions, settings: Settings, source: Source) -> No
     if settings.fsdp:
         raise ValueError("fsdp: is for a generalist with all its weights (train generalist --full)")
     if options.unfreeze is not None:
-        if options.scene_weight or options.whiten_inputs:
-            raise ValueError("unfreeze_generalist: scene_weight and whiten_inputs are for a specialist's own training")
+        if options.min_snr_gamma is not None or options.scene_weight or options.whiten_inputs:
+            raise ValueError(
+                "unfreeze_generalist: min_snr_gamma, scene_weight and whiten_inputs are for a specialist's own training"
+            )
         if options.conditioning != "forced" or options.cache_conditioning is not None:
             raise ValueError(
                 "unfreeze_generalist: its conditioning changes with every step, so it is forced, not cached"
