@@ -80,15 +80,18 @@ class Ours:
         while not isinstance(await anext(self._events), Subscribed):
             pass
 
+    async def _announced(self) -> None:
+        while not isinstance(await anext(self._events), Announced):
+            pass
+
     async def run(self, made: Conditioning) -> Stages:
         self._step += 1
         conditioning = Conditioning(1, self._step, made.reference_actions, made.hidden_states)
-        reading = asyncio.ensure_future(anext(self._events))
+        reading = asyncio.ensure_future(self._announced())
         await asyncio.sleep(0)  # the reader waits
         clock = Clock()
         writing = asyncio.ensure_future(self._writer.put(SESSION, conditioning))
-        event = await reading
-        assert isinstance(event, Announced)
+        await reading
         clock.lap("put to announcement")
         fetched = await self._reader.fetch(SESSION)
         assert fetched is not None

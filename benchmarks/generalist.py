@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
@@ -164,14 +163,12 @@ def verify(options: argparse.Namespace) -> int:
     """Prints the check of the tokens; returns 1 if one differs."""
     engine = load(options, options.quantisation[0], options.attention[0])
     checks = identity.check(engine, options.identity)
-    print("| decoding | prompts | identical | forwards per 64 tokens |")
-    print("|---|---|---|---|")
-    for check in checks:
-        print(f"| {check.name} | {check.prompts} | {check.identical} | {check.forwards / check.prompts:.1f} |")
+    measurement.markdown(
+        *((c.name, str(c.prompts), str(c.identical), f"{c.forwards / c.prompts:.1f}") for c in checks),
+        header=("decoding", "prompts", "identical", "forwards per 64 tokens"),
+    )
     if options.json:
-        rows = [asdict(check) for check in checks]
-        record = {"benchmark": "identity", "rows": rows, "machine": measurement.machine(PACKAGES)}
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+        measurement.write(options.json, "identity", checks, machine=measurement.machine(PACKAGES))
     return 0 if all(check.identical == check.prompts for check in checks) else 1
 
 
@@ -199,12 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     if options.identity:
         return verify(options)
-    print(f"| {' | '.join(HEADER)} |")
-    print("|---" * len(HEADER) + "|")
+    measurement.markdown(header=HEADER)
     rows = []
     for quantisation, attention in product(options.quantisation, options.attention):
         rows.append(run(options, quantisation, attention))
-        print(f"| {' | '.join(rows[-1].cells())} |", flush=True)
+        measurement.markdown(rows[-1].cells())
     facts = {
         "profile": options.profile,
         "batch": options.batch,

@@ -24,7 +24,10 @@ TOLERATED = 0.9  # of the earlier ratio, below which a comparison calls it a reg
 
 @dataclass(frozen=True)
 class Row:
-    """One contender: times in milliseconds; `ratio` is the median over rounds of the baseline's time by this one's."""
+    """One contender: times in milliseconds; `ratio` is the median over rounds of the baseline's time by this one's.
+
+    A ratio of 0 says that there is nothing to compare with.
+    """
 
     name: str
     median: float
@@ -70,11 +73,17 @@ def show(title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
     """Prints a table, and notes under it."""
     table = Table("", "median ms", "p99 ms", "times faster", title=title)
     for row in rows:
-        table.add_row(row.name, f"{row.median:.2f}", f"{row.p99:.2f}", f"{row.ratio:.2f}")
+        table.add_row(row.name, f"{row.median:.2f}", f"{row.p99:.2f}", f"{row.ratio:.2f}" if row.ratio else "")
     console = Console()
     console.print(table)
     for note in notes:
         console.print(note)
+
+
+def markdown(*rows: Sequence[str], header: Sequence[str] = ()) -> None:
+    """Prints a table that a page can take as it is; without a header, more rows of the last one."""
+    for cells in (header, ["---"] * len(header), *rows) if header else rows:
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def machine(packages: Sequence[str]) -> dict[str, object]:
@@ -130,7 +139,8 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
     lines = [[0.0] * len(rows), [max(0.0, row.p99 - row.median) for row in rows]]
     axes.barh([row.name for row in rows], medians, xerr=lines, capsize=4, color="#4c72b0", ecolor="#333333")
     for position, row in enumerate(rows):
-        axes.annotate(f" {row.ratio:.2f} x", (max(row.median, row.p99), position), va="center")
+        ratio = f" {row.ratio:.2f} x" if row.ratio else ""
+        axes.annotate(ratio, (max(row.median, row.p99), position), va="center")
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("milliseconds: median, and p99 as a line; x: times faster than the baseline")
