@@ -202,6 +202,27 @@ def evaluate(context: typer.Context) -> None:
     main(context.args if subcommand else ["evaluate", *context.args])
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context, name: Annotated[str, typer.Argument()] = "--help") -> None:
+    """Runs a benchmark of the source checkout, with its own arguments: robodual bench specialist --help."""
+    from robodual import bench
+
+    benchmarks = bench.found()
+    if not benchmarks:
+        stderr.print(f"[red]bench[/]: {escape(bench.MISSING)}", soft_wrap=True)
+        raise typer.Exit(2)
+    if name == "--help":
+        table = Table("robodual bench", "", box=None)
+        for each, purpose in benchmarks.items():
+            table.add_row(each, escape(purpose))
+        console.print(table)
+        raise typer.Exit
+    if name not in benchmarks:
+        stderr.print(f"[red]bench[/]: expected one of {', '.join(benchmarks)}, got {escape(name)}", soft_wrap=True)
+        raise typer.Exit(2)
+    bench.become(name, context.args)
+
+
 @app.command()
 def demo(
     sequences: Annotated[int, typer.Option(min=1, max=1000, help="How many five-task sequences.")] = 5,

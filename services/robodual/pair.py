@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -26,7 +26,10 @@ class PairError(RuntimeError):
 
 @dataclass(frozen=True)
 class Options:
-    """How to start a pair. Ports of 0 are chosen freely; `settings` go to both services as ROBODUAL_* variables."""
+    """How to start a pair. Ports of 0 are chosen freely; `settings` go to both services as ROBODUAL_* variables.
+
+    `command`, followed by a service's name and flags, runs that service.
+    """
 
     profile: str = "toy"
     redis_url: str | None = None
@@ -36,6 +39,7 @@ class Options:
     device: str = "auto"
     settings: Mapping[str, str] = field(default_factory=dict)
     start_timeout: float = 300.0  # seconds until both are ready
+    command: Sequence[str] = (sys.executable, "-m", "robodual", "serve")
 
 
 class Pair:
@@ -63,6 +67,14 @@ class Pair:
     def addresses(self) -> dict[str, str]:
         """host:port of each service's gRPC endpoint."""
         return {name: f"127.0.0.1:{port}" for name, port in self.ports.items()}
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The process id of each service, and of "redis" if it is the pair's own; while they run."""
+        ids = {name: process.pid for name, process in self._processes.items()}
+        if self._redis is not None and self._redis.pid is not None:
+            ids["redis"] = self._redis.pid
+        return ids
 
     @property
     def environment(self) -> dict[str, str]:
@@ -125,7 +137,7 @@ class Pair:
                     raise PairError(f"port {port} is taken: does another pair run? Choose a free one with {flag}")
 
     def _spawn(self, name: str) -> None:
-        command = [sys.executable, "-m", "robodual", "serve", name, "--profile", self.options.profile]
+        command = [*self.options.command, name, "--profile", self.options.profile]
         command += ["--port", str(self.ports[name]), "--http-port", str(self.http_ports[name])]
         command += ["--device", self.options.device]
         if name in self.options.checkpoints:
