@@ -65,17 +65,15 @@ class Batcher(Generic[Item, Answer]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._waiting: OrderedDict[str, deque[_Ticket[Item, Answer]]] = OrderedDict()
         self._count = 0
-        self._running = 0
-        self._free = asyncio.Lock()  # held while the thread has work, so that no batch is formed before it can run
-        self._wake = asyncio.Event()
+        self._running: list[_Ticket[Item, Answer]] = []
+        self._calls = 0
         self._closed = False
         self._loop = asyncio.get_running_loop()
-        self._task = self._loop.create_task(self._serve())
 
     @property
     def load(self) -> int:
         """Items that wait or run."""
-        return self._count + self._running
+        return self._count + len(self._running)
 
     async def submit(self, item: Item, *, session: str, deadline: float | None = None) -> Done[Answer]:
         """The answer to `item`. `deadline` is a time of the event loop's clock.
@@ -91,7 +89,8 @@ class Batcher(Generic[Item, Answer]):
         ticket = _Ticket[Item, Answer](item, session, deadline, time.perf_counter(), self._loop.create_future())
         self._waiting.setdefault(session, deque()).append(ticket)
         self._resize(1)
-        self._wake.set()
+        # Not at once: what arrived together with this one joins its batch.
+        self._loop.call_soon(self._start)
         try:
             return await ticket.done
         except asyncio.CancelledError:
@@ -100,48 +99,47 @@ class Batcher(Generic[Item, Answer]):
 
     async def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs `function` in the model's thread, between batches."""
-        async with self._free:
+        self._calls += 1
+        try:
             return await self._loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
+        finally:
+            self._calls -= 1
+            self._start()
 
     async def close(self) -> None:
         """Fails what waits with `Unavailable` and ends the thread after the batch it is in."""
         self._closed = True
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        for tickets in self._waiting.values():
+        for tickets in (self._running, *self._waiting.values()):
             for ticket in tickets:
                 ticket.fail(Unavailable("the service is shutting down"))
         self._waiting.clear()
         self._resize(-self._count)
         await asyncio.to_thread(self._thread.shutdown)
 
-    async def _serve(self) -> None:
-        while True:
-            await self._wake.wait()
-            async with self._free:
-                batch = self._take()
-                self._running = len(batch)
-                if batch:
-                    await self._run(batch)
-                self._running = 0
-            if not self._waiting:
-                self._wake.clear()
+    def _start(self) -> None:
+        """Gives the thread a batch of what waits, if it has no other work: none is formed before it can run."""
+        if self._running or self._calls or self._closed:
+            return
+        self._running = self._take()
+        if self._running:
+            self._metrics.batch_size.observe(len(self._running))
+            self._thread.submit(self._run, self._running)
 
-    async def _run(self, batch: list[_Ticket[Item, Answer]]) -> None:
-        self._metrics.batch_size.observe(len(batch))
+    def _run(self, batch: Sequence[_Ticket[Item, Answer]]) -> None:
+        """Runs in the thread."""
         started = time.perf_counter()  # uvloop's own clock counts whole milliseconds
-        try:
-            answers = await self._loop.run_in_executor(self._thread, self._compute, batch)
-        except asyncio.CancelledError:
-            for ticket in batch:
-                ticket.fail(Unavailable("the service is shutting down"))
-            raise
+        answers = self._compute(batch)
         computed = time.perf_counter() - started
-        for ticket, answer in zip(batch, answers, strict=True):
+        self._loop.call_soon_threadsafe(self._finish, answers, started, computed)
+
+    def _finish(self, answers: Sequence[Answer | Exception], started: float, computed: float) -> None:
+        for ticket, answer in zip(self._running, answers, strict=True):
             if isinstance(answer, Exception):
                 ticket.fail(answer)
             elif not ticket.over:
                 ticket.done.set_result(Done(answer, started - ticket.queued_at, computed))
+        self._running = []
+        self._loop.call_soon(self._start)
 
     def _take(self) -> list[_Ticket[Item, Answer]]:
         """The next batch: one item of each session in turn, those that nobody waits for any more left out."""
