@@ -64,7 +64,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 except Exception as error:
                     await self._abort(method, error, context)
                 else:
-                    self._metrics.requests.labels(method, "OK").inc()
+                    self._metrics.request(method, "OK").inc()
                     return response
 
         return guarded
@@ -76,7 +76,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             with self._counted():
                 try:
                     async for response in answers(_Messages(requests, parse), context):
-                        self._metrics.requests.labels(method, "OK").inc()
+                        self._metrics.request(method, "OK").inc()
                         yield response
                 except Exception as error:
                     await self._abort(method, error, context)
@@ -102,7 +102,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             identity = uuid.uuid4().hex[:12]
             code, message = grpc.StatusCode.INTERNAL, f"internal error {identity}; the service's log has the details"
             logger.error("failed", method=method, error_id=identity, exc_info=error)
-        self._metrics.requests.labels(method, code.name).inc()
+        self._metrics.request(method, code.name).inc()
         await context.abort(code, message)
 
 

@@ -44,6 +44,7 @@ class Metrics:
 
         # One lookup without the library's locks: a request passes through half a dozen stages.
         self.stage = functools.cache(self.stages.labels)
+        self.request = functools.cache(self.requests.labels)
 
     def exposition(self) -> bytes:
         """All of them in Prometheus' text format."""

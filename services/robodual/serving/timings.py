@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from robodual.serving.metrics import Metrics
@@ -24,10 +25,14 @@ class Timings:
     def add(self, stage: str, seconds: float) -> None:
         """Counts `seconds` as `stage`; the next lap begins here."""
         self._stages.append((stage, seconds))
-        self._metrics.stage(stage).observe(seconds)
         self._lap = time.perf_counter()
 
     def messages(self) -> list[wire.Timing]:
-        """The stages so far, and "total"."""
+        """The stages, and "total"; the metrics get them once the answer is on its way."""
         self.add("total", time.perf_counter() - self._started)
+        asyncio.get_running_loop().call_soon(self._observe)
         return [wire.Timing(stage=stage, milliseconds=seconds * 1e3) for stage, seconds in self._stages]
+
+    def _observe(self) -> None:
+        for stage, seconds in self._stages:
+            self._metrics.stage(stage).observe(seconds)
