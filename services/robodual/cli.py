@@ -40,6 +40,9 @@ DEVICE_HELP = "auto, cpu, cuda or cuda:N."
 
 Profile = Annotated[str | None, typer.Option(help=PROFILE_HELP)]
 Device = Annotated[str | None, typer.Option(help=DEVICE_HELP)]
+Devices = Annotated[
+    str | None, typer.Option(help="Instead of --device: one engine on each, behind the one port (cuda:0,cuda:1).")
+]
 Port = Annotated[int | None, typer.Option(help="gRPC port; 0 chooses a free one.")]
 HttpPort = Annotated[int | None, typer.Option(help="Port of /healthz, /readyz, /metrics and /info.")]
 Host = Annotated[str | None, typer.Option(help="Address to bind; others than loopback need a token.")]
@@ -64,9 +67,10 @@ def generalist(
         typer.Option("--merge-adapters/--adapters-apart", help="Apart suits quantised weights; merged is faster."),
     ] = None,
     device: Device = None,
+    devices: Devices = None,
     dtype: Dtype = None,
     attention: Annotated[str | None, typer.Option(help="auto, sdpa, flash_attention_2 or eager.")] = None,
-    quantisation: Annotated[str | None, typer.Option(help="none, int8 or nf4 (CUDA).")] = None,
+    quantisation: Annotated[str | None, typer.Option(help="none or fp8; on CUDA also int8 or nf4.")] = None,
     constrained: Annotated[
         bool | None,
         typer.Option("--constrained/--free", help="Whether decoding keeps to 8 x 7 actions; else the profile says."),
@@ -89,6 +93,7 @@ def specialist(
     profile: Profile = None,
     checkpoint: Checkpoint = None,
     device: Device = None,
+    devices: Devices = None,
     dtype: Dtype = None,
     image_strategy: Annotated[
         str | None, typer.Option(help="resize-naive, letterbox or resize-crop, as in training.")
@@ -133,7 +138,8 @@ def up(
     profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "playtable",
     generalist_checkpoint: Checkpoint = None,
     specialist_checkpoint: Checkpoint = None,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    device: Device = None,
+    devices: Devices = None,
     redis_url: RedisUrl = None,
     generalist_port: Annotated[int, typer.Option(help=FREE_PORT_HELP)] = 50051,
     specialist_port: Annotated[int, typer.Option(help=FREE_PORT_HELP)] = 50052,
@@ -149,6 +155,7 @@ def up(
         http_ports={"generalist": generalist_http_port, "specialist": specialist_http_port},
         checkpoints={name: path for name, path in checkpoints.items() if path is not None},
         device=device,
+        devices=devices,
     )
     with _pair(options, _print_line) as pair:
         console.print(_pair_table(pair))

@@ -36,7 +36,8 @@ class Options:
     ports: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SERVICES, 0))
     http_ports: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SERVICES, 0))
     checkpoints: Mapping[str, Path] = field(default_factory=dict)
-    device: str = "auto"
+    device: str | None = None  # of both services; None leaves it to the environment
+    devices: str | None = None  # several, comma-separated, in the place of `device`
     settings: Mapping[str, str] = field(default_factory=dict)
     start_timeout: float = 300.0  # seconds until both are ready
     command: Sequence[str] = (sys.executable, "-m", "robodual", "serve")
@@ -139,7 +140,9 @@ class Pair:
     def _spawn(self, name: str) -> None:
         command = [*self.options.command, name, "--profile", self.options.profile]
         command += ["--port", str(self.ports[name]), "--http-port", str(self.http_ports[name])]
-        command += ["--device", self.options.device]
+        for flag in ("device", "devices"):
+            if (value := getattr(self.options, flag)) is not None:
+                command += [f"--{flag}", value]
         if name in self.options.checkpoints:
             command += ["--checkpoint", str(self.options.checkpoints[name])]
         process = subprocess.Popen(

@@ -66,6 +66,19 @@ def test_generalist_variables_hold_where_no_flag_is_given(monkeypatch: pytest.Mo
     assert given("generalist", [], monkeypatch)["checkpoint"] is None
 
 
+@pytest.mark.parametrize("service", ["generalist", "specialist"])
+def test_one_engine_is_loaded_for_each_device(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[str] = []
+    module = SERVICES[service]
+    monkeypatch.setattr(module, f"load_{service}", lambda profile, **options: places.append(options["device"]))
+    monkeypatch.setattr(module, "run", module._load)
+    result = CliRunner().invoke(app, ["serve", service, "--devices", "cuda:0,cuda:2"], catch_exceptions=False)
+    assert (result.exit_code, places) == (0, ["cuda:0", "cuda:2"])
+    result = CliRunner().invoke(app, ["serve", service, "--devices", "cpu,cpu", "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "leave one out" in result.output
+
+
 def test_specialist_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--checkpoint", "ema.pt", "--with-tactile", "--no-with-gripper", "--image-strategy", "letterbox"]
     flags += ["--diffusion-steps", "5", "--guidance-scale", "1.5"]

@@ -39,6 +39,24 @@ def test_variables_of_the_other_service_and_of_the_client_are_not_ours(monkeypat
     assert SpecialistSettings().max_sessions == 3
 
 
+def test_devices_take_the_place_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GeneralistSettings().places == ("auto",)
+    assert GeneralistSettings(device="cuda:1").places == ("cuda:1",)
+    monkeypatch.setenv("ROBODUAL_DEVICES", "cuda:0, cuda:1")
+    assert SpecialistSettings().places == ("cuda:0", "cuda:1")
+    with pytest.raises(ValidationError, match="devices: cuda:0,cuda:1 is given, and device: cpu too; leave one out"):
+        SpecialistSettings(device="cpu")
+    monkeypatch.setenv("ROBODUAL_SPECIALIST_DEVICE", "cpu")
+    with pytest.raises(ValidationError, match="leave one out"):
+        SpecialistSettings()
+
+
+@pytest.mark.parametrize("devices", ["cpu,cuda:0", "auto,cuda:1", "cuda:0,"])
+def test_devices_that_would_answer_differently_are_refused(devices: str) -> None:
+    with pytest.raises(ValidationError, match="devices: expected devices of one kind"):
+        SpecialistSettings(devices=devices)  # type: ignore[arg-type]
+
+
 def test_an_unknown_argument_is_an_error() -> None:
     with pytest.raises(ValidationError, match="prot"):
         SpecialistSettings(prot=1)  # type: ignore[call-arg]

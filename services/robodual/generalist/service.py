@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from robodual.conditioning.record import Conditioning, Version
 from robodual.conditioning.store import Store, StoreUnavailable
+from robodual.facts import together
 from robodual.generalist.engine import GeneralistEngine, Thought, load_generalist
 from robodual.profiles import shipped
 from robodual.serving import fields, server
@@ -45,9 +47,13 @@ class GeneralistService:
     """The methods of `robodual.v1.Generalist`, as protos/robodual/v1/generalist.proto describes them."""
 
     def __init__(
-        self, batcher: Batcher[Glance, Thought], store: Store, info: wire.InfoResponse, metrics: Metrics
+        self,
+        batchers: Sequence[Batcher[Glance, Thought]],
+        store: Store,
+        info: wire.InfoResponse,
+        metrics: Metrics,
     ) -> None:
-        self._batcher = batcher
+        self._batchers = batchers
         self._store = store
         self._info = info
         self._metrics = metrics
@@ -62,9 +68,8 @@ class GeneralistService:
             )
         frame = await fields.image(request, "rgb_static", field="rgb_static", sides=tensors.IMAGE_SIDES)
         timings.lap("decode")
-        done = await self._batcher.submit(
-            Glance(frame, instruction), session=session, deadline=server.deadline(context)
-        )
+        batcher = min(self._batchers, key=lambda batcher: batcher.load)
+        done = await batcher.submit(Glance(frame, instruction), session=session, deadline=server.deadline(context))
         timings.add("queue", done.queued)
         timings.add("think", done.computed)
         thought = done.answer
@@ -97,8 +102,8 @@ class GeneralistService:
 
 
 @asynccontextmanager
-async def serving(settings: GeneralistSettings, engine: GeneralistEngine | None = None) -> AsyncIterator[Server]:
-    """A generalist service that is ready (the store aside), with `engine` or one that it loads; drains on exit."""
+async def serving(settings: GeneralistSettings, *engines: GeneralistEngine) -> AsyncIterator[Server]:
+    """A generalist service that is ready (the store aside), with `engines` or those it loads; drains on exit."""
     metrics = Metrics()
     readiness = Readiness(model="loading", store="not asked yet")
     store = Store(settings.redis_url.get_secret_value(), ttl=settings.conditioning_ttl, timeout=settings.redis_timeout)
@@ -107,20 +112,20 @@ async def serving(settings: GeneralistSettings, engine: GeneralistEngine | None 
         cleanup.push_async_callback(store.close)
         await endpoints.start()
         cleanup.push_async_callback(endpoints.stop)
-        model = await asyncio.to_thread(_load, settings) if engine is None else engine
-
-        def think(glances: Sequence[Glance]) -> list[Thought]:
-            return model.think([glance.frame for glance in glances], [glance.instruction for glance in glances])
-
-        batcher = Batcher(think, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
-        cleanup.push_async_callback(batcher.close)
-        await batcher.call(think, [Glance(np.zeros((200, 200, 3), np.uint8), "warm up")])
+        models = engines or await asyncio.to_thread(_load, settings)
+        batchers = []
+        for model in models:
+            think = functools.partial(_think, model)
+            batcher = Batcher(think, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
+            cleanup.push_async_callback(batcher.close)
+            await batcher.call(think, [Glance(np.zeros((200, 200, 3), np.uint8), "warm up")])
+            batchers.append(batcher)
         readiness.meet("model")
         background = Background(readiness)
         background.run("heartbeat", _watch(store, readiness, metrics))
         cleanup.push_async_callback(background.close)
-        info = describe("generalist", model.facts, ["rgb_static"])
-        endpoints.open(GeneralistService(batcher, store, info, metrics), info)
+        info = describe("generalist", together([model.facts for model in models]), ["rgb_static"])
+        endpoints.open(GeneralistService(batchers, store, info, metrics), info)
         cleanup.push_async_callback(endpoints.drain)
         yield endpoints
 
@@ -130,14 +135,22 @@ def run(settings: GeneralistSettings) -> None:
     server.run(settings, serving(settings))
 
 
-def _load(settings: GeneralistSettings) -> GeneralistEngine:
+def _think(model: GeneralistEngine, glances: Sequence[Glance]) -> list[Thought]:
+    return model.think([glance.frame for glance in glances], [glance.instruction for glance in glances])
+
+
+def _load(settings: GeneralistSettings) -> tuple[GeneralistEngine, ...]:
+    return tuple(_load_on(device, settings) for device in settings.places)
+
+
+def _load_on(device: str, settings: GeneralistSettings) -> GeneralistEngine:
     try:
         return load_generalist(
             settings.profile,
             checkpoint=settings.checkpoint or shipped(settings.profile, "generalist"),
             adapters=settings.adapters,
             merge_adapters=settings.merge_adapters,
-            device=settings.device,
+            device=device,
             dtype=settings.dtype,
             seed=settings.seed,
             attention=settings.attention,
@@ -146,8 +159,8 @@ def _load(settings: GeneralistSettings) -> GeneralistEngine:
         )
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"device: {settings.device} has no room for these weights with quantisation {settings.quantisation}; "
-            "choose int8 or nf4, or a device with more memory"
+            f"device: {device} has no room for these weights with quantisation {settings.quantisation}; "
+            "choose int8, fp8 or nf4, or a device with more memory"
         ) from error
 
 

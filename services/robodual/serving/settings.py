@@ -39,6 +39,9 @@ class Settings(BaseSettings):
 
     profile: str = "playtable"
     device: str = "auto"
+    devices: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="instead of device: one engine on each, behind the one port; comma-separated"
+    )
     dtype: str = "auto"
     seed: int = Field(0, description="of random weights, where there is no checkpoint")
     host: str = "127.0.0.1"
@@ -56,10 +59,15 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("tokens", mode="before")
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The device of each engine."""
+        return self.devices or (self.device,)
+
+    @field_validator("tokens", "devices", mode="before")
     @classmethod
-    def _split_tokens(cls, value: object) -> object:
-        return tuple(token.strip() for token in value.split(",")) if isinstance(value, str) else value
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
     @field_validator("tokens")
     @classmethod
@@ -75,6 +83,20 @@ class Settings(BaseSettings):
     def _check_environment(cls, data: object) -> object:
         check_environment(cls)
         return data
+
+    @model_validator(mode="after")
+    def _check_devices(self) -> Settings:
+        if self.devices and "device" in self.model_fields_set:
+            raise ValueError(
+                f"devices: {','.join(self.devices)} is given, and device: {self.device} too; "
+                "leave one out (devices may name a single one)"
+            )
+        if len({name.partition(":")[0] for name in self.devices}) > 1:
+            raise ValueError(
+                f"devices: expected devices of one kind, which give the same answers, not {','.join(self.devices)}; "
+                "name CUDA devices alone (cuda:0,cuda:1), or the CPU alone"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_exposure(self) -> Settings:
@@ -111,7 +133,7 @@ class GeneralistSettings(Settings):
     adapters: Annotated[tuple[Path, ...], NoDecode] = Field((), description="LoRA folders, in order; comma-separated")
     merge_adapters: bool = Field(True, description="false keeps them beside the weights; better with quantisation")
     attention: str = Field("auto", description="auto, sdpa, flash_attention_2 or eager")
-    quantisation: str = Field("none", description="none, int8 or nf4")
+    quantisation: str = Field("none", description="none, int8, fp8 or nf4")
     constrained: bool | None = Field(None, description="decoding keeps to 8 x 7 actions; by default the profile's")
     port: Port = 50051
     http_port: Port = 8051

@@ -26,7 +26,7 @@ class Feed:
         self,
         store: Store,
         sessions: Sessions,
-        project: Callable[[torch.Tensor], Awaitable[Projected]],
+        project: Callable[[Session, torch.Tensor], Awaitable[Projected]],
         *,
         readiness: Readiness,
         metrics: Metrics,
@@ -75,7 +75,7 @@ class Feed:
                 self._refuse(session, str(error))
                 return
             try:
-                projected = await self._project(conditioning.hidden_states)
+                projected = await self._project(session, conditioning.hidden_states)
             except ValueError as error:
                 self._refuse(session, str(error))
                 session.refuse(Refused(conditioning.version, str(error)))

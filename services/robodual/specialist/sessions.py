@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +39,14 @@ class Conditioned:
 
 
 class Session:
-    """One robot's state: its episode, the control loop, the previous frame's features, the latest conditionings."""
+    """One robot's state: its episode, the control loop, the previous frame's features, the latest conditionings.
 
-    def __init__(self, identity: str) -> None:
+    Features and conditionings are on the device of its engine, which answers all its steps.
+    """
+
+    def __init__(self, identity: str, engine: int = 0) -> None:
         self.identity = identity
+        self.engine = engine  # its number among the service's
         self.lock = asyncio.Lock()  # steps of a session are serial
         self.fetching = asyncio.Lock()
         self.arrived = asyncio.Event()
@@ -99,10 +104,11 @@ class Session:
 
 
 class Sessions:
-    """The open sessions by name: at most `most`, each closed after `ttl` seconds without use."""
+    """The open sessions by name: at most `most`, each closed after `ttl` seconds without use, spread over `engines`."""
 
-    def __init__(self, *, most: int, ttl: float, metrics: Metrics) -> None:
+    def __init__(self, *, most: int, ttl: float, metrics: Metrics, engines: int = 1) -> None:
         self._most = most
+        self._engines = engines
         self._ttl = ttl
         self._metrics = metrics
         self._open: dict[str, Session] = {}
@@ -121,7 +127,10 @@ class Sessions:
         return session
 
     def open(self, identity: str) -> Session:
-        """The session, opened if it is not. Raises `ResourceExhausted` if there are too many."""
+        """The session, opened if it is not, on the engine with the fewest.
+
+        Raises `ResourceExhausted` if there are too many.
+        """
         session = self.use(identity)
         if session is not None:
             return session
@@ -131,7 +140,9 @@ class Sessions:
             raise ResourceExhausted(
                 f"session_id: all {self._most} sessions are taken; close one, or wait for one to expire"
             )
-        session = self._open[identity] = Session(identity)
+        loads = Counter(session.engine for session in self._open.values())
+        engine = min(range(self._engines), key=loads.__getitem__)
+        session = self._open[identity] = Session(identity, engine)
         self._metrics.sessions.set(len(self._open))
         return session
 
