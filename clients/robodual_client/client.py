@@ -25,7 +25,8 @@ class DualSystemClient:
                 obs, _, _, _ = env.step(client.step(obs))
 
     Args:
-        generalist, specialist: "host:port", or a list of these for replicas.
+        generalist, specialist: "host:port", or a list of these for replicas; "dns:///host:port" is every address that
+            the name resolves to, looked up again at each reset and when a replica fails.
         session: 1 to 64 characters of [A-Za-z0-9_.-]; None for a new unique one.
         schedule: when to ask the generalist: "published" (steps 0, 7, 15, 23, …), "every-N", or "async".
         seed: of the sampler's noise, which depends on (seed, episode, step) alone.

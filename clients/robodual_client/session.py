@@ -82,6 +82,7 @@ class Session:
             ("generalist", GENERALIST, self._generalists),
             ("specialist", SPECIALIST, self._specialists),
         ):
+            yield from replicas.refresh()
             response = yield from repeat(replicas, budget, partial(self._info_call, service))
             infos[name] = _checked_info(response, name, replicas.current)
         self._contacted = True
@@ -100,6 +101,9 @@ class Session:
         if self._specialist_info is None:
             self._specialist_info = (yield from self.info())["specialist"]
             self._compatible.add(self._specialist_info.address)
+        else:
+            yield from self._generalists.refresh()
+            yield from self._specialists.refresh()
         self.episode = following
         self._start_episode(instruction)
         attempts = Attempts(self._specialists, self._timeouts.budget)
@@ -276,7 +280,9 @@ def _addresses(given: str | Sequence[str], name: str) -> list[str]:
     addresses = [given] if isinstance(given, str) else list(given)
     for address in addresses:
         if not isinstance(address, str) or not re.search(r".:[0-9]{1,5}$", address):
-            raise ValueError(f"{name} must be 'host:port', or a list of these for replicas, got {address!r}")
+            raise ValueError(
+                f"{name} must be 'host:port', 'dns:///host:port', or a list of these for replicas, got {address!r}"
+            )
     if not addresses or len(set(addresses)) < len(addresses):
         raise ValueError(f"{name} must name at least one address, and none twice, got {addresses}")
     return addresses
