@@ -16,6 +16,7 @@ from robodual_client.calls import Call, Halt, Launch, Operation, Plan, Resolve, 
 from robodual_client.channel import LOOKUP, Security, Tls, lookup, security, unresolved
 from robodual_client.errors import Failure
 from robodual_client.session import Session
+from robodual_client.tracing import Tracer
 from robodual_client.wire import rpc
 
 
@@ -38,7 +39,9 @@ class AsyncDualSystemClient:
         timeouts: Timeouts | None = None,
         stream: bool = True,
         latency: Mapping[str, float] | None = None,
+        traces: str | None = None,
     ) -> None:
+        self._tracer = None if traces is None else Tracer(traces, "robodual-client")
         self._session = Session(
             generalist,
             specialist,
@@ -47,6 +50,7 @@ class AsyncDualSystemClient:
             seed=seed,
             timeouts=timeouts or Timeouts(),
             latency=latency or {},
+            tracer=self._tracer,
         )
         self._connections = AsyncConnections(security(token, tls), stream)
 
@@ -80,6 +84,8 @@ class AsyncDualSystemClient:
                 await self._connections.run(self._session.close())
             finally:
                 await self._connections.close()
+                if self._tracer is not None:
+                    await asyncio.get_running_loop().run_in_executor(None, self._tracer.close)
 
     async def __aenter__(self) -> AsyncDualSystemClient:
         return self

@@ -57,6 +57,7 @@ class Settings(BaseSettings):
     max_queue: Count = Field(64, description="requests that wait for the model before more are turned away")
     max_batch: Count = 8
     shutdown_grace: Seconds = Field(10.0, description="seconds that requests in flight get to finish at shutdown")
+    traces: str | None = Field(None, description="an OTLP/HTTP collector, http://HOST:4318, that gets every trace")
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 
+from robodual.serving import tracing
 from robodual.serving.metrics import Metrics
 from robodual_client import wire
 
 
 class Timings:
-    """Collects a request's stages for its answer and for the metrics."""
+    """Collects a request's stages for its answer, for the metrics and for its trace."""
 
     def __init__(self, metrics: Metrics) -> None:
+        self.span = tracing.current.get()  # None where nothing is traced
         self._metrics = metrics
         self._stages: list[tuple[str, float]] = []
         self._started = self._lap = time.perf_counter()
@@ -29,5 +31,11 @@ class Timings:
 
     def messages(self) -> list[wire.Timing]:
         """The stages so far, and "total"."""
-        self.add("total", time.perf_counter() - self._started)
+        total = time.perf_counter() - self._started
+        if self.span is not None:
+            ended = 0.0
+            for stage, seconds in self._stages:
+                ended += seconds
+                self.span.stage(stage, seconds, ago=total - ended)
+        self.add("total", total)
         return [wire.Timing(stage=stage, milliseconds=seconds * 1e3) for stage, seconds in self._stages]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,8 @@ class Conditioned:
     version: Version
     projected: Projected
     reference_actions: NDArray[np.float32]  # [8, 7], as the generalist gave it
+    took: float = 0.0  # seconds to fetch and project it
+    at: float = field(default_factory=time.perf_counter)  # when that was done
 
 
 class Session:
@@ -55,6 +57,7 @@ class Session:
         self.previous: Features | NDArray[np.uint8] | None = None
         self.answer: wire.ActResponse | None = None
         self.refused: Refused | None = None  # the newest, if a conditioning was
+        self.traced = NEVER  # the latest conditioning that is in a trace
         self._kept: list[Conditioned] = []
 
     @property
