@@ -44,7 +44,8 @@ maxmemory 1gb
 maxmemory-policy volatile-ttl
 user default off
 user health on nopass -@all +ping
-user robodual on #$digest ~robodual:* &robodual:* +@read +@write +@pubsub +@connection +@scripting -@dangerous
+user robodual on #$digest resetchannels -@all ~robodual:* &robodual:* \
++ping +subscribe +unsubscribe +publish +evalsha +script|load +hget +hmget +hset +hsetnx +del +pexpire
 CONF
 chmod 644 token grafana_password ca.pem redis.pem redis.key redis.conf robodual.toml
 chmod 600 ca.key ./*.srl 2> /dev/null || true

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import re
 import shutil
 import socket
+import ssl
 import stat
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-import redis
 import torch
+from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError
 
 from robodual.conditioning.record import Conditioning
 from robodual.conditioning.store import Announced, Store, StoreUnavailable, Subscribed
@@ -35,34 +38,64 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def port(folder: Path) -> Iterator[int]:
-    """A Redis with the configuration that the container gets, its paths and port changed."""
+@contextlib.contextmanager
+def server(folder: Path, *, tls: bool) -> Iterator[int]:
+    """A Redis with the configuration that the container gets, but for its paths and its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-    configuration = (folder / "redis.conf").read_text().replace(MOUNTED, str(folder)).replace("6379", str(number))
-    own = folder.parent / "redis.conf"
-    own.write_text(configuration)
-    server = subprocess.Popen([str(find_server()), str(own)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 10
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", number)):
-                break
-            if server.poll() is not None and server.stdout is not None:
-                said = server.stdout.read().decode()
-                if "tls" in said.lower() and "support" in said.lower():
-                    pytest.skip("the Redis or Valkey server of this machine was built without TLS")
-                raise AssertionError(said)
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        yield number
-    finally:
-        server.terminate()
-        server.wait(10)
-        if server.stdout is not None:
-            server.stdout.close()
+        port: int = probe.getsockname()[1]
+    text = (folder / "redis.conf").read_text().replace(MOUNTED, str(folder)).replace("6379", str(port))
+    if not tls:
+        text = re.sub(r"^tls-.*\n", "", text.replace("port 0", f"port {port}"), flags=re.MULTILINE)
+    with subprocess.Popen(
+        [str(find_server()), "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            with process.stdin:
+                process.stdin.write(text)
+            said = ""
+            while "Ready to accept connections" not in said:
+                line = process.stdout.readline()
+                if not line and "TLS support" in said:
+                    pytest.skip("this machine's server was built without TLS")
+                assert line, said
+                said += line
+            yield port
+        finally:
+            process.kill()
+
+
+@contextlib.asynccontextmanager
+async def relay(folder: Path, target: int) -> AsyncIterator[int]:
+    """A port that speaks TLS with the certificate and hands what it decrypts to the server."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "redis.pem", folder / "redis.key")
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError), contextlib.closing(writer):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind = await asyncio.open_connection("127.0.0.1", target)
+        await asyncio.gather(pump(reader, behind[1]), pump(behind[0], writer))
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as listening:
+        yield listening.sockets[0].getsockname()[1]
+
+
+@pytest.fixture(params=["its own TLS", "a relay's TLS"])
+async def port(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[int]:
+    if request.param == "its own TLS":
+        with server(folder, tls=True) as port:
+            yield port
+    else:
+        with server(folder, tls=False) as plain:
+            async with relay(folder, plain) as port:
+                yield port
 
 
 @pytest.fixture
@@ -96,41 +129,29 @@ async def test_the_settings_open_the_store_over_tls(url: str) -> None:
         await store.close()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        ("rediss://robodual:", "rediss://robodual:x"),
-        ("rediss://robodual:", "redis://robodual:"),
-        ("ssl_ca_certs=", "ssl_cert_reqs=required&nothing="),
-    ],
-    ids=["another password", "plain text", "an unknown authority"],
-)
-async def test_nothing_else_does(url: str, change: tuple[str, str]) -> None:
-    other = url.replace(*change)
-    if change[0].startswith("ssl"):
-        other = other.partition("?")[0]
-    store = Store(other, timeout=5)
+@pytest.mark.parametrize("wrong", ["password", "no TLS", "authority"])
+async def test_nothing_else_does(url: str, wrong: str) -> None:
+    bare = url.partition("?")[0]
+    others = {
+        "password": url.replace("rediss://robodual:", "rediss://robodual:x"),
+        "no TLS": bare.replace("rediss://", "redis://"),
+        "authority": bare,
+    }
+    store = Store(others[wrong], timeout=5)
     with pytest.raises(StoreUnavailable):
         await store.ping()
     await store.close()
 
 
-def test_the_services_user_may_do_no_more_than_they_do(url: str, folder: Path) -> None:
-    with redis.Redis.from_url(url) as client:
-        for forbidden in (
-            ["FLUSHALL"],
-            ["CONFIG", "GET", "*"],
-            ["KEYS", "*"],
-            ["SET", "another:key", "1"],
-            ["ACL", "LIST"],
-        ):
-            with pytest.raises(redis.exceptions.NoPermissionError):
-                client.execute_command(*forbidden)
-    health = url.replace("robodual:", "health:", 1)
-    with redis.Redis.from_url(health) as client:
-        assert client.ping()
-        with pytest.raises(redis.exceptions.NoPermissionError):
-            client.get("robodual:robot:conditioning")
+async def test_the_services_user_may_do_no_more_than_they_do(url: str) -> None:
+    async with Redis.from_url(url) as client:
+        for forbidden in ("FLUSHALL", "CONFIG GET *", "KEYS *", "SET another:key 1", "HGET another:key a", "ACL LIST"):
+            with pytest.raises(NoPermissionError):
+                await client.execute_command(*forbidden.split())
+    async with Redis.from_url(url.replace("robodual:", "health:", 1)) as client:
+        assert await client.ping()
+        with pytest.raises(NoPermissionError):
+            await client.hget("robodual:robot:conditioning", "record")
 
 
 def test_everything_that_is_mounted_is_made_and_no_other_user_can_look(folder: Path) -> None:
