@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TextIO, TypeVar
+from typing import Annotated, TextIO
 
 import typer
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from robodual import checkpoints_cli
+from robodual.config_cli import Config, config, settings
 from robodual.pair import Options, Pair, PairError
 from robodual.training.data_cli import data
 from robodual.training.train_cli import train
@@ -29,10 +28,9 @@ app.add_typer(serve, name="serve")
 app.add_typer(checkpoints_cli.app)
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
+app.add_typer(config, name="config")
 console = Console()
 stderr = Console(stderr=True)
-
-S = TypeVar("S", bound=BaseSettings)
 
 PROFILE_HELP = "robodual-7b, playtable (comes with trained weights), or toy (seeded random weights at test widths)."
 FREE_PORT_HELP = "0 chooses a free one."
@@ -79,12 +77,13 @@ def generalist(
     port: Port = None,
     http_port: HttpPort = None,
     redis_url: RedisUrl = None,
+    config: Config = None,
 ) -> None:
-    """Serves the vision-language-action model. Every other setting: ROBODUAL_* (docs/deployment.md)."""
+    """Serves the vision-language-action model. Every other setting: --config or ROBODUAL_* (docs/deployment.md)."""
     from robodual.generalist.service import run
     from robodual.serving.settings import GeneralistSettings
 
-    run(_settings(GeneralistSettings, context))
+    run(settings(GeneralistSettings, context.params))
 
 
 @serve.command()
@@ -110,27 +109,13 @@ def specialist(
     port: Port = None,
     http_port: HttpPort = None,
     redis_url: RedisUrl = None,
+    config: Config = None,
 ) -> None:
-    """Serves the diffusion transformer. Every other setting: ROBODUAL_* (docs/deployment.md)."""
+    """Serves the diffusion transformer. Every other setting: --config or ROBODUAL_* (docs/deployment.md)."""
     from robodual.serving.settings import SpecialistSettings
     from robodual.specialist.service import run
 
-    run(_settings(SpecialistSettings, context))
-
-
-def _settings(kind: type[S], context: typer.Context) -> S:
-    """Flags that were given, over environment and defaults.
-
-    Raises:
-        typer.Exit: with one line per setting that is wrong.
-    """
-    try:
-        return kind(**{name: value for name, value in context.params.items() if value not in (None, ())})
-    except ValidationError as error:
-        for fault in error.errors():
-            said = fault["msg"].removeprefix("Value error, ")
-            stderr.print(f"[red]{'.'.join(map(str, fault['loc'])) or 'settings'}[/]: {escape(said)}", soft_wrap=True)
-        raise typer.Exit(2) from None
+    run(settings(SpecialistSettings, context.params))
 
 
 @app.command()

@@ -124,7 +124,9 @@ async def serving(settings: GeneralistSettings, *engines: GeneralistEngine) -> A
         background = Background(readiness)
         background.run("heartbeat", _watch(store, readiness, metrics))
         cleanup.push_async_callback(background.close)
-        info = describe("generalist", together([model.facts for model in models]), ["rgb_static"])
+        facts = together([model.facts for model in models])
+        info = describe("generalist", facts, ["rgb_static"])
+        metrics.watch_memory(facts.device.split(","))
         endpoints.open(GeneralistService(batchers, store, info, metrics), info)
         cleanup.push_async_callback(endpoints.drain)
         yield endpoints

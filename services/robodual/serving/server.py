@@ -23,7 +23,9 @@ from robodual.serving.logging import configure
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
 from robodual.serving.settings import GeneralistSettings, Settings, SpecialistSettings, is_loopback
+from robodual.serving.tracing import TraceInterceptor
 from robodual_client import wire
+from robodual_client.tracing import Tracer
 from robodual_client.wire import rpc
 
 logger = structlog.get_logger(__name__)
@@ -52,8 +54,10 @@ class Server:
         self._health = health.aio.HealthServicer()
         # Calls first: an interceptor wraps those after it.
         self._calls = CallInterceptor(metrics)
+        self._tracer = None if settings.traces is None else Tracer(settings.traces, f"robodual-{settings.service}")
+        tracing = [] if self._tracer is None else [TraceInterceptor(self._tracer)]
         self._grpc = grpc.aio.server(
-            interceptors=[self._calls, AuthInterceptor(authenticator)],
+            interceptors=[self._calls, AuthInterceptor(authenticator), *tracing],
             options=_options(settings),
             maximum_concurrent_rpcs=MAX_CALLS,
         )
@@ -118,9 +122,12 @@ class Server:
             self._publisher.cancel()
             await asyncio.gather(self._publisher, return_exceptions=True)
         await self._http.stop()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
     async def _publish(self) -> None:
         states = health_pb2.HealthCheckResponse
+        self.metrics.ready.set(self.readiness.ready)
         state = states.SERVING if self.readiness.ready else states.NOT_SERVING
         await self._health.set("", state)
         await self._health.set(self._name, state)

@@ -1,7 +1,8 @@
-"""What a service can be told: by argument, by environment, else the defaults here.
+"""What a service can be told: by argument, by environment, by a file, else the defaults here.
 
 A field of `Settings` is read from `ROBODUAL_GENERALIST_X` or `ROBODUAL_SPECIALIST_X`, else from `ROBODUAL_X`, which
-goes for both services; the fields of one service alone only from its own variables.
+goes for both services, else from the file's table of the service, else from its table [shared]; the fields of one
+service alone only from its own variables and table.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
@@ -21,6 +22,7 @@ from pydantic_settings import (
 )
 
 from robodual.images import Strategy
+from robodual.serving import settings_file
 
 SHARED_PREFIX = "ROBODUAL_"
 # Variables of the client, of the tests and of each service, which are not shared settings.
@@ -33,10 +35,12 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseSettings):
-    """What both services share. Frozen; an unknown variable or argument is an error that names it."""
+    """What both services share. Frozen; an unknown variable, argument or key of the file is an error that names it."""
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, env_ignore_empty=True, hide_input_in_errors=True)
+    service: ClassVar[str] = "shared"
 
+    config: Path | None = Field(None, description="a TOML file with the tables [shared], [generalist], [specialist]")
     profile: str = "playtable"
     device: str = "auto"
     devices: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -56,6 +60,7 @@ class Settings(BaseSettings):
     max_queue: Count = Field(64, description="requests that wait for the model before more are turned away")
     max_batch: Count = 8
     shutdown_grace: Seconds = Field(10.0, description="seconds that requests in flight get to finish at shutdown")
+    traces: str | None = Field(None, description="an OTLP/HTTP collector, http://HOST:4318, that gets every trace")
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -80,9 +85,13 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_environment(cls, data: object) -> object:
+    def _complete(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Adds what the file says, where neither argument nor environment does."""
         check_environment(cls)
-        return data
+        path = data.get("config")
+        if not path:
+            return data
+        return {**settings_file.merged(settings_file.read(Path(path), TABLES), cls.service), **data}
 
     @model_validator(mode="after")
     def _check_devices(self) -> Settings:
@@ -165,6 +174,9 @@ class SpecialistSettings(Settings):
     max_wait: Seconds = Field(10.0, description="seconds to wait for min_conditioning where a call has no deadline")
     degraded_age_steps: int = Field(16, ge=0, description="a conditioning older than this makes answers degraded")
     max_age_steps: int = Field(64, ge=0, description="a conditioning older than this is not used")
+
+
+TABLES = {kind.service: kind for kind in (Settings, GeneralistSettings, SpecialistSettings)}
 
 
 def is_loopback(host: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -64,6 +65,7 @@ class Feed:
     async def refresh(self, session: Session) -> None:
         """Fetches and projects the session's latest conditioning. A store or a record that fails is logged."""
         async with session.fetching:
+            started = time.perf_counter()
             try:
                 conditioning = await self._store.fetch(session.identity)
                 if conditioning is None or conditioning.version <= max(session.newest, (session.episode, -1)):
@@ -74,13 +76,17 @@ class Feed:
             except ValueError as error:
                 self._refuse(session, str(error))
                 return
+            fetched = time.perf_counter()
+            self._metrics.stage("fetch").observe(fetched - started)
             try:
                 projected = await self._project(session, conditioning.hidden_states)
             except ValueError as error:
                 self._refuse(session, str(error))
                 session.refuse(Refused(conditioning.version, str(error)))
             else:
-                session.keep(Conditioned(conditioning.version, projected, conditioning.reference_actions))
+                took = time.perf_counter() - started
+                self._metrics.stage("project").observe(took - (fetched - started))
+                session.keep(Conditioned(conditioning.version, projected, conditioning.reference_actions, took))
 
     async def close(self) -> None:
         """Ends the fetches that are under way."""

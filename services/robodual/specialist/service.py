@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -138,6 +139,7 @@ class SpecialistService:
                 r = resumption
                 session.resume(r.episode, r.seed, r.window, r.control, r.previous)
                 await self._feed.refresh(session)
+                self._metrics.resumed.inc()
                 logger.info("resumed", after=r.step)
             if session.answer is not None and session.progress == (request.episode, request.step):
                 return session.answer
@@ -182,6 +184,11 @@ class SpecialistService:
         age = step - version.step
         degraded = not self._feed.up or age > self._settings.degraded_age_steps
         self._metrics.conditioning_age.observe(age)
+        staleness = time.perf_counter() - conditioned.at
+        self._metrics.conditioning_staleness.observe(staleness)
+        if timings.span is not None and session.traced != version:
+            session.traced = version
+            timings.span.stage("conditioning", conditioned.took, ago=staleness)
         if degraded:
             self._metrics.degraded.inc()
         session.answer = wire.ActResponse(
@@ -309,6 +316,7 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
         facts = together([model.facts for model in models])
         facts = replace(facts, details={**facts.details, "only": settings.only or "no"})
         info = describe("specialist", facts, models[0].sensors)
+        metrics.watch_memory(facts.device.split(","))
         service = SpecialistService(settings, batchers, sessions, feed, info, metrics)
         endpoints.open(service, info, end_streams=service.end_streams)
         cleanup.push_async_callback(endpoints.drain)

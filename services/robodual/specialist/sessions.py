@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,8 @@ class Conditioned:
     version: Version
     projected: Projected
     reference_actions: NDArray[np.float32]  # [8, 7], as the generalist gave it
+    took: float = 0.0  # seconds to fetch and project it
+    at: float = field(default_factory=time.perf_counter)  # when that was done
 
 
 class Session:
@@ -60,6 +62,7 @@ class Session:
         self.previous: Features | NDArray[np.uint8] | None = None
         self.answer: wire.ActResponse | None = None
         self.refused: Refused | None = None  # the newest, if a conditioning was
+        self.traced = NEVER  # the latest conditioning that is in a trace
         self._kept: list[Conditioned] = []
 
     @property
