@@ -80,8 +80,9 @@ class Pair:
     @property
     def environment(self) -> dict[str, str]:
         """The environment variables that the services get: a replica that is to give the same bits needs the same."""
-        # Two services that each spread over every core make each other's threads wait, at several times the cost.
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(SERVICES)))}
+        # Engines that each spread over every core make each other's threads wait, at several times the cost.
+        engines = len(SERVICES) * len((self.options.devices or "one").split(","))
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // engines))}
         # The URL may hold a password: it travels in the environment, which other users cannot list.
         return {**threads, **os.environ, **self.options.settings, "ROBODUAL_REDIS_URL": self.redis_url}
 

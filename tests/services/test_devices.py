@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import grpc
 import numpy as np
 import pytest
+import torch
 from replicas import Replica, act, chunk, conditioning, frame, generalist, specialist, until, version
 
 from robodual import facts
@@ -25,6 +26,15 @@ from robodual_client import tensors, wire
 from robodual_client.wire import rpc
 
 NAMES = [f"robot{number}" for number in range(4)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several engines on a CPU, of as many threads as it has cores each, would wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Watched(SpecialistEngine):
@@ -54,17 +64,18 @@ class Watched(SpecialistEngine):
         return not isinstance(thing, Features | Projected)
 
 
-async def drive(replica: Replica, store: Store, steps: int = 3) -> dict[str, list[wire.ActResponse]]:
+async def drive(replica: Replica, store: Store, steps: int) -> dict[str, list[wire.ActResponse]]:
     """Each session's answers; all sessions at once."""
 
-    async def session(number: int, name: str) -> list[wire.ActResponse]:
-        await replica.stub.Reset(wire.ResetRequest(session_id=name, episode=1, seed=number))
-        await store.put(name, conditioning(1, 0))
+    async def session(name: str) -> list[wire.ActResponse]:
         return [
             await replica.stub.Act(act(name, step, min_conditioning=version(1, 0)), timeout=60) for step in range(steps)
         ]
 
-    answers = await asyncio.gather(*(session(number, name) for number, name in enumerate(NAMES)))
+    for number, name in enumerate(NAMES):
+        await replica.stub.Reset(wire.ResetRequest(session_id=name, episode=1, seed=number))
+        await store.put(name, conditioning(1, 0))
+    answers = await asyncio.gather(*map(session, NAMES))
     return dict(zip(NAMES, answers, strict=True))
 
 
@@ -72,24 +83,24 @@ async def test_a_session_stays_with_one_of_the_specialists_engines_and_gets_what
     specialist_engine: SpecialistEngine, url: str, store: Store
 ) -> None:
     async with specialist(specialist_engine, url) as replica:
-        alone = await drive(replica, store)
+        alone = await drive(replica, store, steps=4)
     first, second = Watched(), Watched()
     async with specialist(first, url, second) as replica:
         warm_up = first.steps
-        spread = await drive(replica, store)
+        spread = await drive(replica, store, steps=3)
         assert (first.steps - warm_up, second.steps - warm_up) == (6, 6)
 
-        # A session that is resumed begins anew, here with the other engine, from what the client carries.
+        # A session that was closed is resumed with the other engine, from what the client carries.
+        moved = NAMES[2]
         for name in NAMES[1:]:
             await replica.stub.Close(wire.CloseRequest(session_id=name))
-        before = second.steps
-        request = act(NAMES[1], 3, min_conditioning=version(1, 0))
-        request.recovery.CopyFrom(spread[NAMES[1]][-1].recovery)
-        request.previous_rgb_static.CopyFrom(act(NAMES[1], 2).observation.rgb_static)
-        await replica.stub.Act(request, timeout=60)
-        assert second.steps == before + 1
+        request = act(moved, 3, min_conditioning=version(1, 0))
+        request.recovery.CopyFrom(spread[moved][-1].recovery)
+        request.previous_rgb_static.CopyFrom(act(moved, 2).observation.rgb_static)
+        spread[moved].append(await replica.stub.Act(request, timeout=60))
+        assert (first.steps - warm_up, second.steps - warm_up) == (6, 7)
     for name in NAMES:
-        for one, other in zip(alone[name], spread[name], strict=True):
+        for one, other in zip(alone[name], spread[name]):
             np.testing.assert_allclose(chunk(other), chunk(one), atol=1e-5)
 
 
@@ -168,19 +179,18 @@ async def test_a_caller_that_gives_up_leaves_the_queue_at_once(
     assert seen == [1, 1], "a request whose caller was gone cost compute"
 
 
-@pytest.mark.parametrize("service", ["generalist", "specialist"])
-async def test_devices_are_served_by_an_engine_each(service: str, url: str) -> None:
+async def test_devices_are_served_by_an_engine_each(
+    generalist_engine: GeneralistEngine, specialist_engine: SpecialistEngine, url: str
+) -> None:
     shared = {"profile": "toy", "devices": "cpu,cpu", "port": 0, "http_port": 0, "redis_url": url}
-    serving = (
-        generalist_service.serving(GeneralistSettings(**shared))  # type: ignore[arg-type]
-        if service == "generalist"
-        else specialist_service.serving(SpecialistSettings(**shared))  # type: ignore[arg-type]
-    )
-    name = {"generalist": rpc.GENERALIST, "specialist": rpc.SPECIALIST}[service]
-    async with serving as server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        info = await rpc.Stub(channel, name).GetInfo(wire.InfoRequest(), timeout=30)
-    assert info.device == "cpu,cpu"
-    assert info.weight_bytes == 2 * 4 * info.parameters
+    for serving, name, engine in (
+        (generalist_service.serving(GeneralistSettings(**shared)), rpc.GENERALIST, generalist_engine),
+        (specialist_service.serving(SpecialistSettings(**shared)), rpc.SPECIALIST, specialist_engine),
+    ):
+        async with serving as server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            info = await rpc.Stub(channel, name).GetInfo(wire.InfoRequest(), timeout=30)
+        assert (info.device, info.checkpoint) == ("cpu,cpu", engine.facts.checkpoint)
+        assert (info.parameters, info.weight_bytes) == (engine.facts.parameters, 2 * engine.facts.weight_bytes)
 
 
 def test_facts_of_several_engines_say_where_they_differ() -> None:
