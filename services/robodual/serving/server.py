@@ -21,7 +21,7 @@ from robodual.serving.errors import Unavailable
 from robodual.serving.http import HttpServer, application
 from robodual.serving.logging import configure
 from robodual.serving.metrics import Metrics
-from robodual.serving.readiness import Readiness
+from robodual.serving.readiness import Background, Readiness
 from robodual.serving.settings import GeneralistSettings, Settings, SpecialistSettings, is_loopback
 from robodual_client import wire
 from robodual_client.wire import rpc
@@ -44,16 +44,21 @@ class Server:
         self._settings = settings
         self._name = {"generalist": rpc.GENERALIST, "specialist": rpc.SPECIALIST}[settings.service]
         self._info: wire.InfoResponse | None = None
-        authenticator = Authenticator(settings.tokens)
-        app = application(readiness, metrics, authenticator, lambda: self._info)
+        self._authenticator = Authenticator(settings.tokens, file=settings.tokens_file, max_rate=settings.max_rate)
+        app = application(readiness, metrics, self._authenticator, lambda: self._info)
         self._http = HttpServer(
-            app, settings.host, settings.http_port, certificate=settings.tls_certificate, key=settings.tls_key
+            app,
+            settings.host,
+            settings.http_port,
+            certificate=settings.tls_certificate,
+            key=settings.tls_key,
+            client_ca=settings.tls_client_ca,
         )
         self._health = health.aio.HealthServicer()
         # Calls first: an interceptor wraps those after it.
         self._calls = CallInterceptor(metrics)
         self._grpc = grpc.aio.server(
-            interceptors=[self._calls, AuthInterceptor(authenticator)],
+            interceptors=[self._calls, AuthInterceptor(self._authenticator)],
             options=_options(settings),
             maximum_concurrent_rpcs=MAX_CALLS,
         )
@@ -61,7 +66,7 @@ class Server:
         self._grpc.add_generic_rpc_handlers((self._methods,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((self._name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
-        self._publisher: asyncio.Task[None] | None = None
+        self._background = Background(readiness)
         self._end_streams: Callable[[], None] | None = None
 
     @property
@@ -76,7 +81,9 @@ class Server:
         try:
             if settings.tls_certificate is not None and settings.tls_key is not None:
                 pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
-                self.port = self._grpc.add_secure_port(f"{host}:{settings.port}", grpc.ssl_server_credentials([pair]))
+                ca = None if settings.tls_client_ca is None else settings.tls_client_ca.read_bytes()
+                credentials = grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+                self.port = self._grpc.add_secure_port(f"{host}:{settings.port}", credentials)
             else:
                 self.port = self._grpc.add_insecure_port(f"{host}:{settings.port}")
         except RuntimeError as error:
@@ -87,7 +94,9 @@ class Server:
             raise OSError(f"port: cannot listen on {host}:{settings.port}; does another service?") from error
         await self._publish()
         await self._grpc.start()
-        self._publisher = asyncio.create_task(self._keep_publishing())
+        self._background.run("health", self._keep_publishing())
+        if settings.tokens_file is not None:
+            self._background.run("tokens", self._authenticator.follow())
         if not is_loopback(settings.host) and settings.tls_certificate is None:
             logger.warning("tokens and frames travel unencrypted; set tls_certificate and tls_key")
 
@@ -114,9 +123,7 @@ class Server:
     async def stop(self) -> None:
         """Stops at once what `drain` has left."""
         await self._grpc.stop(None)
-        if self._publisher is not None:
-            self._publisher.cancel()
-            await asyncio.gather(self._publisher, return_exceptions=True)
+        await self._background.close()
         await self._http.stop()
 
     async def _publish(self) -> None:

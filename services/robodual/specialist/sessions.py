@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robodual.conditioning.record import Version
-from robodual.serving.errors import ResourceExhausted
+from robodual.conditioning.store import FOREIGN
+from robodual.serving.errors import PermissionDenied, ResourceExhausted
 from robodual.serving.metrics import Metrics
 from robodual.specialist.control import ControlLoop, Window
 from robodual.specialist.engine import Features, Projected
@@ -40,8 +41,9 @@ class Conditioned:
 class Session:
     """One robot's state: its episode, the control loop, the previous frame's features, the latest conditionings."""
 
-    def __init__(self, identity: str) -> None:
+    def __init__(self, identity: str, owner: str = "") -> None:
         self.identity = identity
+        self.owner = owner
         self.lock = asyncio.Lock()  # steps of a session are serial
         self.fetching = asyncio.Lock()
         self.arrived = asyncio.Event()
@@ -99,10 +101,15 @@ class Session:
 
 
 class Sessions:
-    """The open sessions by name: at most `most`, each closed after `ttl` seconds without use."""
+    """The open sessions by name: at most `most`, each closed after `ttl` seconds without use.
 
-    def __init__(self, *, most: int, ttl: float, metrics: Metrics) -> None:
+    One is used and closed in the name of the owner who opened it; in another's, it is `PermissionDenied`.
+    """
+
+    def __init__(self, *, most: int, ttl: float, metrics: Metrics, most_of_one: int | None = None) -> None:
+        """`most_of_one`: how many of them one owner may have open."""
         self._most = most
+        self._most_of_one = most if most_of_one is None else most_of_one
         self._ttl = ttl
         self._metrics = metrics
         self._open: dict[str, Session] = {}
@@ -113,38 +120,54 @@ class Sessions:
     def all(self) -> list[Session]:
         return list(self._open.values())
 
-    def use(self, identity: str) -> Session | None:
+    def use(self, identity: str, owner: str = "") -> Session | None:
         """The session, if it is open; its time begins again."""
         session = self._open.get(identity)
         if session is not None:
+            if session.owner != owner:
+                raise PermissionDenied(FOREIGN)
             session.used_at = time.monotonic()
         return session
 
-    def open(self, identity: str) -> Session:
+    def open(self, identity: str, owner: str = "") -> Session:
         """The session, opened if it is not. Raises `ResourceExhausted` if there are too many."""
-        session = self.use(identity)
+        session = self.use(identity, owner)
         if session is not None:
             return session
-        if len(self._open) >= self._most:
+        if len(self._open) >= self._most or self._count(owner) >= self._most_of_one:
             self.expire()
+        if self._count(owner) >= self._most_of_one:
+            raise ResourceExhausted(
+                f"session_id: this token has {self._most_of_one} sessions open, the most that it may; "
+                "close one, or wait for one to expire"
+            )
         if len(self._open) >= self._most:
             raise ResourceExhausted(
                 f"session_id: all {self._most} sessions are taken; close one, or wait for one to expire"
             )
-        session = self._open[identity] = Session(identity)
+        session = self._open[identity] = Session(identity, owner)
         self._metrics.sessions.set(len(self._open))
         return session
 
-    def close(self, identity: str) -> bool:
+    def close(self, identity: str, owner: str = "") -> bool:
         """Forgets the session; returns whether it was open."""
-        was_open = self._open.pop(identity, None) is not None
-        self._metrics.sessions.set(len(self._open))
+        was_open = self.use(identity, owner) is not None
+        if was_open:
+            self.drop(identity)
         return was_open
+
+    def drop(self, identity: str) -> None:
+        """Forgets a session that is open, whoever owns it."""
+        del self._open[identity]
+        self._metrics.sessions.set(len(self._open))
 
     def expire(self) -> list[str]:
         """Closes the sessions whose time is over and which have no step in progress; returns their names."""
         before = time.monotonic() - self._ttl
         over = [s.identity for s in self._open.values() if s.used_at < before and not s.lock.locked()]
         for identity in over:
-            self.close(identity)
+            self.drop(identity)
         return over
+
+    def _count(self, owner: str) -> int:
+        return sum(session.owner == owner for session in self._open.values())
