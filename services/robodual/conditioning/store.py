@@ -230,6 +230,7 @@ class Store:
 
 def _connect(url: str, timeout: float, retry: Retry, tls: Tls | None) -> Redis:
     files = {} if tls is None else {"ca_certs": tls.ca, "certfile": tls.certificate, "keyfile": tls.key}
+    given: dict[str, Any] = {f"ssl_{name}": str(path) for name, path in files.items() if path is not None}
     try:
         return Redis.from_url(
             url,
@@ -238,7 +239,7 @@ def _connect(url: str, timeout: float, retry: Retry, tls: Tls | None) -> Redis:
             retry=retry,
             protocol=2,
             decode_responses=False,
-            **{f"ssl_{name}": str(path) for name, path in files.items() if path is not None},
+            **given,
         )
     except ValueError:
         # Its own message may show a piece of the password, which an unescaped character has made a host or a port.

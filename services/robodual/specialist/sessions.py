@@ -109,7 +109,7 @@ class Sessions:
     def __init__(self, *, most: int, ttl: float, metrics: Metrics, most_of_one: int | None = None) -> None:
         """`most_of_one`: how many of them one owner may have open."""
         self._most = most
-        self._most_of_one = most if most_of_one is None else most_of_one
+        self._most_of_one = most_of_one
         self._ttl = ttl
         self._metrics = metrics
         self._open: dict[str, Session] = {}
@@ -134,17 +134,10 @@ class Sessions:
         session = self.use(identity, owner)
         if session is not None:
             return session
-        if len(self._open) >= self._most or self._count(owner) >= self._most_of_one:
+        if self._too_many(owner):
             self.expire()
-        if self._count(owner) >= self._most_of_one:
-            raise ResourceExhausted(
-                f"session_id: this token has {self._most_of_one} sessions open, the most that it may; "
-                "close one, or wait for one to expire"
-            )
-        if len(self._open) >= self._most:
-            raise ResourceExhausted(
-                f"session_id: all {self._most} sessions are taken; close one, or wait for one to expire"
-            )
+        if reason := self._too_many(owner):
+            raise ResourceExhausted(f"session_id: {reason}; close one, or wait for one to expire")
         session = self._open[identity] = Session(identity, owner)
         self._metrics.sessions.set(len(self._open))
         return session
@@ -169,5 +162,11 @@ class Sessions:
             self.drop(identity)
         return over
 
-    def _count(self, owner: str) -> int:
-        return sum(session.owner == owner for session in self._open.values())
+    def _too_many(self, owner: str) -> str:
+        """Why `owner` may not open another session, or ""."""
+        if len(self._open) >= self._most:
+            return f"all {self._most} sessions are taken"
+        own = sum(session.owner == owner for session in self._open.values())
+        if self._most_of_one is not None and own >= self._most_of_one:
+            return f"this token has {own} sessions open, the most that it may"
+        return ""
