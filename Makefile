@@ -7,11 +7,11 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check audit clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: setup  demo  test  check  clean"
+	@echo "targets: setup  demo  test  check  audit  clean"
 
 setup: $(STAMP)
 
@@ -36,6 +36,15 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@echo "==> no option is set that lets data run code"
+	@! grep -rnE 'allow_pickle ?= ?True|weights_only ?= ?False|trust_remote_code ?= ?True' --include='*.py' services clients benchmarks
+
+audit: $(STAMP)
+	@$(BIN)/python -m pip install -q pip-audit
+	@echo "==> known vulnerabilities of what is installed; needs a way to the advisories"
+	@mkdir -p build
+	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[^ ]*$$//' > build/installed.txt
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement build/installed.txt
 
 clean:
 	@echo "==> removing $(VENV), runs/, caches and built files"
