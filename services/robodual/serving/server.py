@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import structlog
@@ -99,6 +100,9 @@ class Server:
             self._background.run("tokens", self._authenticator.follow())
         if not is_loopback(settings.host) and settings.tls_certificate is None:
             logger.warning("tokens and frames travel unencrypted; set tls_certificate and tls_key")
+        store = urlsplit(settings.redis_url.get_secret_value())
+        if store.scheme == "redis" and not is_loopback(store.hostname or "localhost"):
+            logger.warning("conditionings and the password of Redis travel unencrypted; use rediss:// in redis_url")
 
     def open(self, servicer: object, info: wire.InfoResponse, *, end_streams: Callable[[], None] | None = None) -> None:
         """Puts `servicer` behind the methods; `end_streams` is called at the beginning of the drain."""
