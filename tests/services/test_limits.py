@@ -11,7 +11,7 @@ from replicas import act, conditioning, frame, generalist, specialist, version
 
 from robodual.conditioning.store import Store
 from robodual.generalist.engine import GeneralistEngine
-from robodual.serving import rate
+from robodual.serving import leases, rate
 from robodual.specialist.engine import SpecialistEngine
 from robodual_client import tensors, wire
 
@@ -50,14 +50,16 @@ async def test_a_token_that_has_its_sessions_open_leaves_room_for_others(
 
 
 async def test_the_generalist_keeps_the_sessions_of_a_token_to_as_many(
-    generalist_engine: GeneralistEngine, url: str
+    generalist_engine: GeneralistEngine, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = 1000.0
+    monkeypatch.setattr(leases, "time", SimpleNamespace(monotonic=lambda: now))
+
     def glance(session: str) -> wire.ConditionRequest:
         picture = tensors.encode_image(frame(0))
         return wire.ConditionRequest(session_id=session, episode=1, rgb_static=picture, instruction="push")
 
-    limits = {"max_sessions_per_token": 2, "conditioning_ttl": 0.5}
-    async with generalist(generalist_engine, url, tokens=TOKENS, **limits) as replica:
+    async with generalist(generalist_engine, url, tokens=TOKENS, max_sessions_per_token=2) as replica:
         await replica.stub.Condition(glance("a"), **by(ONE))
         await replica.stub.Reset(reset("b"), **by(ONE))
         await replica.stub.Reset(reset("b"), **by(ONE))
@@ -66,6 +68,9 @@ async def test_the_generalist_keeps_the_sessions_of_a_token_to_as_many(
         await replica.stub.Reset(reset("c"), **by(TWO))
         await replica.stub.Close(wire.CloseRequest(session_id="a"), **by(ONE))
         await replica.stub.Reset(reset("d"), **by(ONE))
+        now += 601  # conditioning_ttl, and one
+        for session in ("e", "f"):
+            await replica.stub.Reset(reset(session), **by(ONE))
 
 
 async def test_messages_of_streams_count_as_calls_do_and_so_do_those_over_http(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 import redis
 from replicas import Replica, act, action, conditioning, frame, generalist, specialist, until, version
@@ -78,6 +79,27 @@ async def second(specialist_engine: SpecialistEngine, url: str) -> AsyncIterator
 async def thinker(generalist_engine: GeneralistEngine, url: str) -> AsyncIterator[Replica]:
     async with generalist(generalist_engine, url, tokens=TOKENS) as replica:
         yield replica
+
+
+async def test_without_a_valid_token_neither_service_answers_anything(first: Replica, thinker: Replica) -> None:
+    calls = [
+        *((replica.stub, "GetInfo", wire.InfoRequest()) for replica in (first, thinker)),
+        *((replica.stub, "Reset", reset()) for replica in (first, thinker)),
+        *((replica.stub, "Close", close()) for replica in (first, thinker)),
+        (first.stub, "Act", act(SESSION, 0)),
+        (thinker.stub, "Condition", glance(0)),
+    ]
+    for stub, method, request in calls:
+        for metadata in ((), by(OLD[:-1])["metadata"], by(f"alice:{OLD}")["metadata"]):
+            code, message = await refused(getattr(stub, method)(request, metadata=metadata, timeout=60))
+            assert (code, "expected metadata 'Bearer TOKEN'" in message) == (grpc.StatusCode.UNAUTHENTICATED, True)
+    assert (await refused(streamed(first, [act(SESSION, 0)], OLD[:-1])))[0] == grpc.StatusCode.UNAUTHENTICATED
+    for replica in (first, thinker):
+        base = f"http://127.0.0.1:{replica.server.http_port}"
+        async with httpx.AsyncClient(base_url=base, trust_env=False) as http:
+            for path in ("/info", "/metrics", "/openapi.json"):
+                for headers in ({}, {"Authorization": f"Bearer {OLD[:-1]}"}):
+                    assert (await http.get(path, headers=headers)).status_code == 401
 
 
 async def test_another_token_neither_uses_nor_resets_nor_closes_a_session(
