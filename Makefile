@@ -11,11 +11,11 @@ LOCK = uv pip compile -q --generate-hashes --no-annotate --upgrade --python-vers
 	--python-platform x86_64-manylinux_2_28 --no-emit-package robodual-client -c deploy/locks/pins.in \
 	--custom-compile-command "make lock"
 
-.PHONY: help setup demo test check lock clean
+.PHONY: help setup demo test check audit lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: setup  demo  test  check  lock  clean"
+	@echo "targets: setup  demo  test  check  audit  lock  clean"
 
 setup: $(STAMP)
 
@@ -40,6 +40,15 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@echo "==> no option is set that lets data run code"
+	@! grep -rnE 'allow_pickle ?= ?True|weights_only ?= ?False|trust_remote_code ?= ?True' --include='*.py' services clients benchmarks
+
+audit: $(STAMP)
+	@$(BIN)/python -m pip install -q pip-audit
+	@echo "==> known vulnerabilities of what is installed; needs a way to the advisories"
+	@mkdir -p build
+	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[^ ]*$$//' > build/installed.txt
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement build/installed.txt
 
 # The images' packages, with hashes; needs uv, and TORCH_INDEX for the CPU's.
 lock:

@@ -88,7 +88,7 @@ def _image_head(height: int, width: int) -> bytes:
 
 
 @lru_cache(maxsize=64)
-def _tensor_head(dtype: int, shape: tuple[int, ...], size: int) -> bytes:
+def _tensor_head(dtype: wire.DType, shape: tuple[int, ...], size: int) -> bytes:
     """A serialised Tensor up to its data."""
     return wire.Tensor(dtype=dtype, shape=shape).SerializeToString() + _key(wire.Tensor.DATA_FIELD_NUMBER, size)
 

@@ -44,6 +44,7 @@ Devices = Annotated[
 Port = Annotated[int | None, typer.Option(help="gRPC port; 0 chooses a free one.")]
 HttpPort = Annotated[int | None, typer.Option(help="Port of /healthz, /readyz, /metrics and /info.")]
 Host = Annotated[str | None, typer.Option(help="Address to bind; others than loopback need a token.")]
+Insecure = Annotated[bool | None, typer.Option("--insecure", help="Serves anyone at --host, without a token.")]
 RedisUrl = Annotated[str | None, typer.Option(help="redis://, rediss:// or unix://; ROBODUAL_REDIS_URL.")]
 WITHOUT = "without it, the profile's own, or seeded random ones."
 Checkpoint = Annotated[Path | None, typer.Option(help=f"Weights; {WITHOUT}")]
@@ -78,6 +79,7 @@ def generalist(
     http_port: HttpPort = None,
     redis_url: RedisUrl = None,
     config: Config = None,
+    insecure: Insecure = None,
 ) -> None:
     """Serves the vision-language-action model. Every other setting: --config or ROBODUAL_* (docs/deployment.md)."""
     from robodual.generalist.service import run
@@ -110,6 +112,7 @@ def specialist(
     http_port: HttpPort = None,
     redis_url: RedisUrl = None,
     config: Config = None,
+    insecure: Insecure = None,
 ) -> None:
     """Serves the diffusion transformer. Every other setting: --config or ROBODUAL_* (docs/deployment.md)."""
     from robodual.serving.settings import SpecialistSettings

@@ -98,8 +98,9 @@ def _machine() -> Iterator[Finding]:
 async def _redis(url: str) -> Finding:
     try:
         client: Any = redis.asyncio.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2)
-    except ValueError as error:
-        return Finding("redis", "fault", f"{_without_password(url)}: {error}", "correct ROBODUAL_REDIS_URL")
+    except ValueError:  # which may show a piece of the password
+        remedy = "correct ROBODUAL_REDIS_URL: redis://[USER]:PASSWORD@HOST:PORT/DB, special characters percent-encoded"
+        return Finding("redis", "fault", f"{_without_password(url)} is malformed", remedy)
     try:
         server = await client.info("server")
     except (redis.exceptions.RedisError, OSError) as error:
@@ -112,7 +113,7 @@ async def _redis(url: str) -> Finding:
 
 
 def _without_password(url: str) -> str:
-    head, at, tail = url.rpartition("@")
+    head, at, tail = url.partition("?")[0].rpartition("@")
     return f"{head.partition('://')[0]}://***@{tail}" if at else url
 
 

@@ -133,3 +133,12 @@ def test_saved_shards_can_be_read_by_the_user_who_serves_them(tmp_path: Path) ->
     save_checkpoint(tmp_path / "saved", engine.model, engine.processor.tokenizer, shards=3)
     modes = {path.stat().st_mode for path in (tmp_path / "saved").iterdir()}
     assert len(modes) == 1, "shards have the permissions of config.json"
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_anyone_is_served_from_other_machines_only_where_that_is_spelled_out(
+    service: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = CliRunner().invoke(app, ["serve", service, "--host", "0.0.0.0"])
+    assert (refused.exit_code, "set tokens" in refused.output) == (2, True)
+    assert given(service, ["--host", "0.0.0.0", "--insecure"], monkeypatch)

@@ -15,14 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from robodual.conditioning.record import Conditioning, Version
-from robodual.conditioning.store import Store, StoreUnavailable
+from robodual.conditioning.store import ForeignSession, Store, StoreUnavailable, Tls
 from robodual.facts import together
 from robodual.generalist.engine import GeneralistEngine, Thought, load_generalist
 from robodual.profiles import shipped
-from robodual.serving import fields, server
+from robodual.serving import auth, fields, server
 from robodual.serving.batching import Batcher
-from robodual.serving.errors import InvalidArgument, Unavailable
+from robodual.serving.errors import InvalidArgument, PermissionDenied, Unavailable
 from robodual.serving.info import describe
+from robodual.serving.leases import Leases
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Background, Readiness
 from robodual.serving.server import Server
@@ -50,22 +51,25 @@ class GeneralistService:
         self,
         batchers: Sequence[Batcher[Glance, Thought]],
         store: Store,
+        leases: Leases,
         info: wire.InfoResponse,
         metrics: Metrics,
     ) -> None:
         self._batchers = batchers
         self._store = store
+        self._leases = leases
         self._info = info
         self._metrics = metrics
 
     async def Condition(self, request: wire.ConditionRequest, context: Any) -> wire.ConditionResponse:
         timings = Timings(self._metrics)
-        session = fields.session_id(request)
+        session, owner = fields.session_id(request), auth.owner()
         instruction = request.instruction
         if not instruction.strip() or len(instruction) > MAX_INSTRUCTION:
             raise InvalidArgument(
                 f"instruction: expected 1 to {MAX_INSTRUCTION} characters that say what to do, got {len(instruction)}"
             )
+        self._leases.renew(owner, session)
         frame = await fields.image(request, "rgb_static", field="rgb_static", sides=tensors.IMAGE_SIDES)
         timings.lap("decode")
         batcher = min(self._batchers, key=lambda batcher: batcher.load)
@@ -76,7 +80,7 @@ class GeneralistService:
         self._metrics.malformed.inc(thought.malformed_tokens)
         conditioning = Conditioning(request.episode, request.step, thought.reference_actions, thought.hidden_states)
         with _reachable():
-            stored, latest = await self._store.put(session, conditioning)
+            stored, latest = await self._store.put(session, conditioning, owner)
         timings.lap("store")
         return wire.ConditionResponse(
             version=_message(conditioning.version),
@@ -87,15 +91,18 @@ class GeneralistService:
         )
 
     async def Reset(self, request: wire.ResetRequest, context: Any) -> wire.ResetResponse:
-        session = fields.session_id(request)
+        session, owner = fields.session_id(request), auth.owner()
+        self._leases.renew(owner, session)
         with _reachable():
-            await self._store.drop_before(session, request.episode)
+            await self._store.drop_before(session, request.episode, owner)
         return wire.ResetResponse()
 
     async def Close(self, request: wire.CloseRequest, context: Any) -> wire.CloseResponse:
-        session = fields.session_id(request)
+        session, owner = fields.session_id(request), auth.owner()
         with _reachable():
-            return wire.CloseResponse(was_open=await self._store.delete(session))
+            was_open = await self._store.delete(session, owner)
+        self._leases.end(owner, session)
+        return wire.CloseResponse(was_open=was_open)
 
     async def GetInfo(self, request: wire.InfoRequest, context: Any) -> wire.InfoResponse:
         return self._info
@@ -106,7 +113,12 @@ async def serving(settings: GeneralistSettings, *engines: GeneralistEngine) -> A
     """A generalist service that is ready (the store aside), with `engines` or those it loads; drains on exit."""
     metrics = Metrics()
     readiness = Readiness(model="loading", store="not asked yet")
-    store = Store(settings.redis_url.get_secret_value(), ttl=settings.conditioning_ttl, timeout=settings.redis_timeout)
+    store = Store(
+        settings.redis_url.get_secret_value(),
+        ttl=settings.conditioning_ttl,
+        timeout=settings.redis_timeout,
+        tls=Tls(settings.redis_ca, settings.redis_certificate, settings.redis_key),
+    )
     endpoints = Server(settings, readiness, metrics)
     async with contextlib.AsyncExitStack() as cleanup:
         cleanup.push_async_callback(store.close)
@@ -127,7 +139,8 @@ async def serving(settings: GeneralistSettings, *engines: GeneralistEngine) -> A
         facts = together([model.facts for model in models])
         info = describe("generalist", facts, ["rgb_static"])
         metrics.watch_memory(facts.device.split(","))
-        endpoints.open(GeneralistService(batchers, store, info, metrics), info)
+        leases = Leases(most=settings.max_sessions_per_token, ttl=settings.conditioning_ttl)
+        endpoints.open(GeneralistService(batchers, store, leases, info, metrics), info)
         cleanup.push_async_callback(endpoints.drain)
         yield endpoints
 
@@ -191,6 +204,8 @@ def _reachable() -> Iterator[None]:
         yield
     except StoreUnavailable as error:
         raise Unavailable(str(error)) from error
+    except ForeignSession as error:
+        raise PermissionDenied(str(error)) from error
 
 
 def _message(version: Version) -> wire.Version:

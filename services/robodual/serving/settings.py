@@ -22,12 +22,15 @@ from pydantic_settings import (
 )
 
 from robodual.images import Strategy
-from robodual.serving import settings_file
+from robodual.serving import settings_file, tokens
 
 SHARED_PREFIX = "ROBODUAL_"
 # Variables of the client, of the tests and of each service, which are not shared settings.
+CLIENT = "ROBODUAL_TOKEN"
 TESTS = ("ROBODUAL_PARITY_DIR", "ROBODUAL_CALVIN_DATA", "ROBODUAL_PYTHON38")
-OTHERS = ("ROBODUAL_TOKEN", "ROBODUAL_CLIENT_", "ROBODUAL_GENERALIST_", "ROBODUAL_SPECIALIST_", *TESTS)
+OTHERS = ("ROBODUAL_CLIENT_", "ROBODUAL_GENERALIST_", "ROBODUAL_SPECIALIST_", *TESTS)
+
+FILES = ("tokens_file", "tls_certificate", "tls_key", "tls_client_ca", "redis_ca", "redis_certificate", "redis_key")
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -50,15 +53,22 @@ class Settings(BaseSettings):
     seed: int = Field(0, description="of random weights, where there is no checkpoint")
     host: str = "127.0.0.1"
     redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="redis://, rediss:// or unix://")
+    redis_ca: Path | None = Field(None, description="PEM: who signed a rediss:// server's certificate")
+    redis_certificate: Path | None = Field(None, description="PEM: shown to a rediss:// server that asks for one")
+    redis_key: Path | None = None
     redis_timeout: Seconds = 2.0
     conditioning_ttl: Seconds = Field(600.0, description="seconds that a conditioning stays in the store")
-    tokens: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="any of them opens; comma-separated")
+    tokens: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="TOKEN or NAME:TOKEN, comma-separated")
+    tokens_file: Path | None = Field(None, description="more tokens, one a line; read again when it changes")
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    tls_client_ca: Path | None = Field(None, description="PEM: callers must show a certificate that it signed")
     insecure: bool = Field(False, description="allows a bind to other addresses than loopback without a token")
     max_message_bytes: int = Field(16 * 2**20, ge=2**16, le=2**30)
     max_queue: Count = Field(64, description="requests that wait for the model before more are turned away")
     max_batch: Count = 8
+    max_rate: float | None = Field(None, gt=0, description="requests a second of one token; by default any number")
+    max_sessions_per_token: Count | None = Field(None, description="by default as many as there is room for")
     shutdown_grace: Seconds = Field(10.0, description="seconds that requests in flight get to finish at shutdown")
     traces: str | None = Field(None, description="an OTLP/HTTP collector, http://HOST:4318, that gets every trace")
     log_format: Literal["console", "json"] = "console"
@@ -77,10 +87,7 @@ class Settings(BaseSettings):
     @field_validator("tokens")
     @classmethod
     def _check_tokens(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        for token in value:
-            text = token.get_secret_value()
-            if len(text) < 16 or not text.isascii() or not text.isprintable() or " " in text:
-                raise ValueError("each token must be at least 16 printable ASCII characters without spaces")
+        tokens.parse((f"number {n}", token.get_secret_value()) for n, token in enumerate(value, 1))
         return value
 
     @model_validator(mode="before")
@@ -109,16 +116,22 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_exposure(self) -> Settings:
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("tls_certificate and tls_key: give both or neither")
-        for name in ("tls_certificate", "tls_key"):
+        for kind in ("tls", "redis"):
+            if (getattr(self, f"{kind}_certificate") is None) != (getattr(self, f"{kind}_key") is None):
+                raise ValueError(f"{kind}_certificate and {kind}_key: give both or neither")
+        for name in FILES:
             path: Path | None = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ValueError(f"{name}: {path} is no file")
-        if not is_loopback(self.host) and not self.tokens and not self.insecure:
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca: needs tls_certificate and tls_key; without them there is no TLS")
+        encrypted = self.redis_url.get_secret_value().startswith("rediss://")
+        if not encrypted and (self.redis_ca is not None or self.redis_certificate is not None):
+            raise ValueError("redis_ca and redis_certificate: need a redis_url that begins with rediss://")
+        if not (is_loopback(self.host) or self.tokens or self.tokens_file or self.insecure):
             raise ValueError(
-                f"host: {self.host} can be reached from other machines; set tokens (ROBODUAL_TOKENS), "
-                "or insecure=true to serve anyone"
+                f"host: {self.host} can be reached from other machines; set tokens (ROBODUAL_TOKENS or "
+                "ROBODUAL_TOKENS_FILE), or insecure=true to serve anyone"
             )
         return self
 
@@ -193,7 +206,7 @@ def check_environment(kind: type[BaseSettings]) -> None:
     for name in sorted(name.upper() for name in os.environ):
         if name.startswith(own) and own != SHARED_PREFIX:
             known = name.removeprefix(own).lower() in kind.model_fields
-        elif name.startswith(SHARED_PREFIX) and not name.startswith(OTHERS):
+        elif name.startswith(SHARED_PREFIX) and not name.startswith(OTHERS) and name != CLIENT:
             known = name.removeprefix(SHARED_PREFIX).lower() in Settings.model_fields
         else:
             continue

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 import torch
 
-from robodual.conditioning.store import Announced, Interrupted, Store, StoreUnavailable
+from robodual.conditioning.store import Announced, ForeignSession, Interrupted, Store, StoreUnavailable
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
 from robodual.specialist.engine import Projected
@@ -67,11 +67,17 @@ class Feed:
         async with session.fetching:
             started = time.perf_counter()
             try:
-                conditioning = await self._store.fetch(session.identity)
+                conditioning = await self._store.fetch(session.identity, session.owner)
                 if conditioning is None or conditioning.version <= max(session.newest, (session.episode, -1)):
                     return
             except StoreUnavailable as error:
                 logger.warning("conditioning not fetched", session=session.identity, reason=str(error))
+                return
+            except ForeignSession:
+                # The store knows who came first at any replica; whoever came first at this one has no right to it.
+                logger.warning("session closed: in the store it is another's", session=session.identity)
+                if self._sessions.find(session.identity) is session:
+                    self._sessions.drop(session.identity)
                 return
             except ValueError as error:
                 self._refuse(session, str(error))

@@ -15,10 +15,10 @@ import structlog
 import torch
 
 from robodual.conditioning.record import Version
-from robodual.conditioning.store import Store
+from robodual.conditioning.store import Store, Tls
 from robodual.facts import together
 from robodual.profiles import shipped
-from robodual.serving import fields, server
+from robodual.serving import auth, fields, server
 from robodual.serving.batching import Batcher
 from robodual.serving.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from robodual.serving.info import describe
@@ -96,7 +96,7 @@ class SpecialistService:
     async def Reset(self, request: wire.ResetRequest, context: Any) -> wire.ResetResponse:
         identity = fields.session_id(request)
         window = observation.window(request.reference_window, "reference_window")
-        session = self._sessions.open(identity)
+        session = self._sessions.open(identity, auth.owner())
         async with session.lock:
             episode, step = session.progress
             if request.episode < episode:
@@ -109,7 +109,7 @@ class SpecialistService:
         return wire.ResetResponse()
 
     async def Close(self, request: wire.CloseRequest, context: Any) -> wire.CloseResponse:
-        return wire.CloseResponse(was_open=self._sessions.close(fields.session_id(request)))
+        return wire.CloseResponse(was_open=self._sessions.close(fields.session_id(request), auth.owner()))
 
     async def GetInfo(self, request: wire.InfoRequest, context: Any) -> wire.InfoResponse:
         return self._info
@@ -123,13 +123,14 @@ class SpecialistService:
     async def _act(self, request: wire.ActRequest, deadline: float | None) -> wire.ActResponse:
         timings = Timings(self._metrics)
         identity = fields.session_id(request)
-        session = self._sessions.use(identity)
+        owner = auth.owner()
+        session = self._sessions.use(identity, owner)
         resumption = None
         if request.HasField("recovery"):
             state = request.recovery
             if session is None or (state.episode, state.step) > session.progress:
                 resumption = await observation.resumption(request)
-                session = self._sessions.open(identity)
+                session = self._sessions.open(identity, owner)
         if session is None:
             raise NotFound(f"session_id: {identity} is not open here; call Reset, or send the recovery state")
         async with session.lock:
@@ -280,7 +281,12 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
     """A specialist service that is ready (the store aside), with `engines` or those it loads; drains on exit."""
     metrics = Metrics()
     readiness = Readiness(model="loading", store="not subscribed yet")
-    store = Store(settings.redis_url.get_secret_value(), ttl=settings.conditioning_ttl, timeout=settings.redis_timeout)
+    store = Store(
+        settings.redis_url.get_secret_value(),
+        ttl=settings.conditioning_ttl,
+        timeout=settings.redis_timeout,
+        tls=Tls(settings.redis_ca, settings.redis_certificate, settings.redis_key),
+    )
     endpoints = Server(settings, readiness, metrics)
     async with contextlib.AsyncExitStack() as cleanup:
         cleanup.push_async_callback(store.close)
@@ -294,7 +300,13 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
             await batcher.call(_warm_up, model, settings.max_batch)
             batchers.append(batcher)
         readiness.meet("model")
-        sessions = Sessions(most=settings.max_sessions, ttl=settings.session_ttl, metrics=metrics, engines=len(models))
+        sessions = Sessions(
+            most=settings.max_sessions,
+            most_of_one=settings.max_sessions_per_token,
+            ttl=settings.session_ttl,
+            metrics=metrics,
+            engines=len(models),
+        )
 
         async def project(session: Session, hidden_states: torch.Tensor) -> Projected:
             model, width = models[session.engine], hidden_states.shape[-1]
