@@ -98,9 +98,11 @@ def _machine() -> Iterator[Finding]:
 async def _redis(url: str) -> Finding:
     try:
         client: Any = redis.asyncio.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2)
-    except ValueError:  # which may show a piece of the password
-        remedy = "correct ROBODUAL_REDIS_URL: redis://[USER]:PASSWORD@HOST:PORT/DB, special characters percent-encoded"
-        return Finding("redis", "fault", f"{_without_password(url)} is malformed", remedy)
+    except ValueError as error:
+        # Of a password that is not percent-encoded, the error may show a piece that was taken for a host or a port.
+        known = url.startswith(("redis://", "rediss://", "unix://"))
+        reason = "malformed; percent-encode any of /?#@:% in its password" if known else error
+        return Finding("redis", "fault", f"{_without_password(url)}: {reason}", "correct ROBODUAL_REDIS_URL")
     try:
         server = await client.info("server")
     except (redis.exceptions.RedisError, OSError) as error:
