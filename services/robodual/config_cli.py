@@ -15,13 +15,13 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from robodual.serving.provenance import shown, sources
-from robodual.serving.settings import GeneralistSettings, SpecialistSettings
+from robodual.serving.settings import GeneralistSettings, Settings, SpecialistSettings
 
 config = typer.Typer(help="What the services are told, and by what.", no_args_is_help=True)
 console = Console()
 stderr = Console(stderr=True)
 
-S = TypeVar("S", GeneralistSettings, SpecialistSettings)
+S = TypeVar("S", bound=Settings)
 
 Config = Annotated[
     Path | None, typer.Option(help="TOML with [shared], [generalist] and [specialist]; ROBODUAL_CONFIG.")
@@ -42,7 +42,8 @@ def show(
     """Shows every setting's value and where it comes from, secrets masked."""
     given = {} if config is None else {"config": config}
     effective: dict[str, dict[str, dict[str, Any]]] = {}
-    for kind in (GeneralistSettings, SpecialistSettings):
+    kinds: tuple[type[Settings], ...] = (GeneralistSettings, SpecialistSettings)
+    for kind in kinds:
         if service in (None, kind.service):
             chosen = settings(kind, given)
             origin = sources(kind, given)

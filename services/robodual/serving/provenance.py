@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from robodual.serving import settings_file
-from robodual.serving.settings import SHARED_PREFIX, TABLES, GeneralistSettings, Settings, SpecialistSettings
+from robodual.serving.settings import SHARED_PREFIX, TABLES, Settings
 
 
-def sources(kind: type[GeneralistSettings | SpecialistSettings], given: Mapping[str, Any]) -> dict[str, str]:
+def sources(kind: type[Settings], given: Mapping[str, Any]) -> dict[str, str]:
     """Where each setting of `kind` comes from, the command line having `given` some.
 
     Raises:
