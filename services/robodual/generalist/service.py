@@ -13,7 +13,7 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from robodual.conditioning.record import Conditioning, Version
+from robodual.conditioning.record import MAX_INSTRUCTION, Conditioning, Version
 from robodual.conditioning.store import Store, StoreUnavailable
 from robodual.generalist.engine import GeneralistEngine, Thought, load_generalist
 from robodual.profiles import shipped
@@ -30,7 +30,6 @@ from robodual_client import tensors, wire
 
 logger = structlog.get_logger(__name__)
 
-MAX_INSTRUCTION = 512
 HEARTBEAT = 1.0  # seconds between looks at the store
 
 
@@ -69,7 +68,9 @@ class GeneralistService:
         timings.add("think", done.computed)
         thought = done.answer
         self._metrics.malformed.inc(thought.malformed_tokens)
-        conditioning = Conditioning(request.episode, request.step, thought.reference_actions, thought.hidden_states)
+        conditioning = Conditioning(
+            request.episode, request.step, thought.reference_actions, thought.hidden_states, instruction
+        )
         with _reachable():
             stored, latest = await self._store.put(session, conditioning)
         timings.lap("store")
