@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from robodual.conditioning import codec
 from robodual.conditioning.record import Conditioning, Version
 
-
 INSTRUCTION = "öffne <b>die</b> Schublade"  # 27 bytes
 
 

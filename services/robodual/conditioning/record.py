@@ -45,9 +45,7 @@ class Conditioning:
             if not 0 <= number <= MAX_NUMBER:
                 raise ValueError(f"{name}: expected 0..{MAX_NUMBER}, got {number}")
         if len(self.instruction) > MAX_INSTRUCTION:
-            raise ValueError(
-                f"instruction: expected at most {MAX_INSTRUCTION} characters, got {len(self.instruction)}"
-            )
+            raise ValueError(f"instruction: expected at most {MAX_INSTRUCTION} characters, got {len(self.instruction)}")
         actions, states = self.reference_actions, self.hidden_states
         if actions.dtype != np.float32 or actions.shape != CHUNK:
             raise ValueError(

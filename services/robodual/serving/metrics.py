@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter as Counted
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from robodual.serving.recent import Recent
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 STEPS = (0, 1, 2, 4, 7, 8, 16, 32, 64)
 BATCHES = (1, 2, 4, 8, 16, 32)
+PROBLEMS = 50
+LONGEST = 300  # characters of a message that are kept
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call that got an error instead of an answer, in words."""
+
+    at: float  # seconds since the epoch
+    method: str
+    code: str
+    session: str  # "" where it had not been read yet
+    message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", self.message[:LONGEST])
 
 
 class Metrics:
     """The metrics of one service, in a registry of their own, so that several services can share a process."""
 
     def __init__(self) -> None:
+        self.problems = Recent[Problem](PROBLEMS)
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "robodual_requests", "Answers by method and status.", ["method", "code"], registry=registry
@@ -45,6 +66,22 @@ class Metrics:
         # One lookup without the library's locks: a request passes through half a dozen stages.
         self.stage = functools.cache(self.stages.labels)
 
+    def answered(self) -> Counted[str]:
+        """Calls so far by status."""
+        counted = Counted[str]()
+        for labels, value in _samples(self.requests):
+            counted[labels["code"]] += int(value)
+        return counted
+
+    def value(self, metric: Counter | Gauge) -> int:
+        """Of a metric without labels."""
+        return int(sum(value for _, value in _samples(metric)))
+
     def exposition(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def _samples(metric: Counter | Gauge) -> list[tuple[dict[str, str], float]]:
+    samples = (sample for family in metric.collect() for sample in family.samples)
+    return [(sample.labels, sample.value) for sample in samples if not sample.name.endswith("_created")]

@@ -13,7 +13,7 @@ class Timings:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._stages: list[tuple[str, float]] = []
+        self.stages: list[tuple[str, float]] = []  # in seconds, in the order of their ends
         self._started = self._lap = time.perf_counter()
 
     def lap(self, stage: str) -> None:
@@ -23,11 +23,11 @@ class Timings:
 
     def add(self, stage: str, seconds: float) -> None:
         """Counts `seconds` as `stage`; the next lap begins here."""
-        self._stages.append((stage, seconds))
+        self.stages.append((stage, seconds))
         self._metrics.stage(stage).observe(seconds)
         self._lap = time.perf_counter()
 
     def messages(self) -> list[wire.Timing]:
         """The stages so far, and "total"."""
         self.add("total", time.perf_counter() - self._started)
-        return [wire.Timing(stage=stage, milliseconds=seconds * 1e3) for stage, seconds in self._stages]
+        return [wire.Timing(stage=stage, milliseconds=seconds * 1e3) for stage, seconds in self.stages]

@@ -80,7 +80,11 @@ class Feed:
                 self._refuse(session, str(error))
                 session.refuse(Refused(conditioning.version, str(error)))
             else:
-                session.keep(Conditioned(conditioning.version, projected, conditioning.reference_actions))
+                session.keep(
+                    Conditioned(
+                        conditioning.version, projected, conditioning.reference_actions, conditioning.instruction
+                    )
+                )
 
     async def close(self) -> None:
         """Ends the fetches that are under way."""

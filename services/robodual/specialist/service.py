@@ -19,6 +19,7 @@ from robodual.profiles import shipped
 from robodual.serving import fields, server
 from robodual.serving.batching import Batcher
 from robodual.serving.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from robodual.serving.http import Pages
 from robodual.serving.info import describe
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Background, Readiness
@@ -29,7 +30,10 @@ from robodual.specialist import observation
 from robodual.specialist.control import ControlLoop, noise, reference_actions
 from robodual.specialist.engine import Answer, Frame, Request, SpecialistEngine, load_specialist
 from robodual.specialist.feed import Feed
+from robodual.specialist.operator.observers import Observers
+from robodual.specialist.operator.pages import events, files
 from robodual.specialist.sessions import Conditioned, Session, Sessions
+from robodual.specialist.trace import Reference, Step
 from robodual_client import tensors, wire
 
 logger = structlog.get_logger(__name__)
@@ -192,6 +196,9 @@ class SpecialistService:
             recovery=observation.recovery_state(episode, step, session.seed, session.window, session.control),
             timings=timings.messages(),
         )
+        if session.trace is not None:
+            taken = Step(step, action, age, degraded, timings.stages)
+            session.trace.note(episode, taken, frame, Reference(version.step, conditioned.reference_actions))
         return session.answer
 
     def _check_order(self, session: Session, request: wire.ActRequest) -> None:
@@ -272,11 +279,14 @@ async def serving(settings: SpecialistSettings, engine: SpecialistEngine | None 
     readiness = Readiness(model="loading", store="not subscribed yet")
     store = Store(settings.redis_url.get_secret_value(), ttl=settings.conditioning_ttl, timeout=settings.redis_timeout)
     sessions = Sessions(most=settings.max_sessions, ttl=settings.session_ttl, metrics=metrics)
-    endpoints = Server(settings, readiness, metrics)
+    observers = Observers(sessions, metrics, readiness)
+    pages = Pages(public=files(), guarded=events(observers))
+    endpoints = Server(settings, readiness, metrics, pages)
     async with contextlib.AsyncExitStack() as cleanup:
         cleanup.push_async_callback(store.close)
         await endpoints.start()
         cleanup.push_async_callback(endpoints.stop)
+        cleanup.callback(observers.close)
         model = await asyncio.to_thread(_load, settings) if engine is None else engine
         batcher = Batcher(model.act, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
         cleanup.push_async_callback(batcher.close)
