@@ -11,7 +11,6 @@ import signal
 import subprocess
 import tempfile
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -105,13 +104,12 @@ class Browser:
     def text(self, selector: str) -> str:
         return str(self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText"))
 
-    def until(self, script: str, seconds: float = 60) -> Any:
-        """The expression's value once it is true."""
+    def until(self, script: str, seconds: float = 60) -> None:
+        """Returns once the expression is true."""
         deadline = time.monotonic() + seconds
-        while not (value := self.evaluate(script)):
-            assert time.monotonic() < deadline, f"never came true: {script}\n{self.evaluate('document.body.innerText')}"
+        while not self.evaluate(f"Boolean({script})"):
+            assert time.monotonic() < deadline, f"never came true: {script}\n{self.text('body')}"
             time.sleep(0.05)
-        return value
 
     def type(self, selector: str, text: str) -> None:
         """Types into a field, and Enter."""
@@ -180,13 +178,3 @@ def _place(read: int, write: int) -> None:
         read, write = os.dup(read), os.dup(write)
     os.dup2(read, 3)
     os.dup2(write, 4)
-
-
-def screenshot(browser: Browser, path: Path, colours: int = 256) -> None:
-    """Saves the whole page as PNG of few colours."""
-    import io
-
-    from PIL import Image
-
-    with Image.open(io.BytesIO(browser.picture())) as image:
-        image.convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)

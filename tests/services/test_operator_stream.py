@@ -171,17 +171,17 @@ async def test_the_newest_session_is_followed_and_another_may_be_chosen(replica:
             await until(lambda report: report["session"] and report["session"]["episode"] == 2, chosen)
 
 
-async def test_a_new_episode_begins_with_empty_plots(replica: Replica, store: Store) -> None:
+async def test_who_comes_later_is_told_what_is_kept_for_others(replica: Replica, store: Store) -> None:
     await began(replica, store)
     async with http(replica) as client, looking(client) as reports:
         await anext(reports)
         await drive(replica, range(4))
         await began(replica, store, episode=2)
         await drive(replica, range(2), episode=2)
-        # Another that looks at the same session is told what is kept.
         kept = (await glance(client))["session"]
-    assert kept["trace"] == 2
-    assert [step["step"] for step in kept["steps"]] == [0, 1]
+    told = [(step["episode"], step["step"]) for step in kept["steps"]]
+    assert told == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1)]
+    assert [(reference["episode"], reference["step"]) for reference in kept["references"]] == [(1, 0), (2, 0)]
 
 
 async def test_the_list_comes_in_pages(replica: Replica) -> None:

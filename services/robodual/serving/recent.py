@@ -20,10 +20,6 @@ class Recent(Generic[T]):
         self._kept.append(thing)
         self.count += 1
 
-    def clear(self) -> None:
-        """Forgets the things, not the count."""
-        self._kept.clear()
-
     @property
     def newest(self) -> T | None:
         return self._kept[-1] if self._kept else None

@@ -197,8 +197,8 @@ class SpecialistService:
             timings=timings.messages(),
         )
         if session.trace is not None:
-            taken = Step(step, action, age, degraded, timings.stages)
-            session.trace.note(episode, taken, frame, Reference(version.step, conditioned.reference_actions))
+            taken = Step(episode, step, action, age, degraded, timings.stages)
+            session.trace.note(taken, frame, Reference(*version, conditioned.reference_actions))
         return session.answer
 
     def _check_order(self, session: Session, request: wire.ActRequest) -> None:

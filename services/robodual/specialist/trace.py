@@ -17,6 +17,7 @@ REFERENCES = 24
 class Step(NamedTuple):
     """One step that was answered."""
 
+    episode: int
     number: int
     action: NDArray[np.float32]  # [7], as executed
     age: int  # of the conditioning, in steps
@@ -27,6 +28,7 @@ class Step(NamedTuple):
 class Reference(NamedTuple):
     """The generalist's chunk as it came, [8, 7]: row n is of step `step` + n."""
 
+    episode: int
     step: int
     actions: NDArray[np.float32]
 
@@ -35,19 +37,14 @@ class Trace:
     """A session's latest steps and reference chunks, and references to its latest frame: nothing is copied."""
 
     def __init__(self) -> None:
-        self.episode = -1
         self.frame: Frame | None = None
         self.steps = Recent[Step](STEPS)
         self.references = Recent[Reference](REFERENCES)
 
-    def note(self, episode: int, step: Step, frame: Frame, reference: Reference) -> None:
-        """Takes in a step. A new episode begins with empty lists."""
-        if episode != self.episode:
-            self.episode = episode
-            self.steps.clear()
-            self.references.clear()
+    def note(self, step: Step, frame: Frame, reference: Reference) -> None:
+        """Takes in a step, with its frame and the chunk that it was conditioned on."""
         self.frame = frame
         self.steps.add(step)
         newest = self.references.newest
-        if newest is None or newest.step != reference.step:
+        if newest is None or newest[:2] != reference[:2]:
             self.references.add(reference)

@@ -18,7 +18,7 @@ from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
 from robodual.specialist.operator.pictures import Pictures
 from robodual.specialist.sessions import NEVER, Session, Sessions
-from robodual.specialist.trace import Step, Trace
+from robodual.specialist.trace import Reference, Step, Trace
 
 MOST = 8  # observers at a time
 INTERVAL = 0.2  # seconds between two reports
@@ -148,11 +148,8 @@ class Observer:
         return {
             **_row(session),
             "conditioning": None if session.newest == NEVER else list(session.newest),
-            "trace": trace.episode,
             "steps": [_step(step) for step in steps],
-            "references": [
-                {"step": reference.step, "actions": reference.actions.round(4).tolist()} for reference in references
-            ],
+            "references": [_reference(reference) for reference in references],
             "pictures": pictures,
         }
 
@@ -174,9 +171,18 @@ def _row(session: Session) -> dict[str, Any]:
 
 def _step(step: Step) -> dict[str, Any]:
     return {
+        "episode": step.episode,
         "step": step.number,
         "action": step.action.round(4).tolist(),
         "age": step.age,
         "degraded": step.degraded,
         "stages": {stage: round(seconds * 1e3, 2) for stage, seconds in step.stages},
+    }
+
+
+def _reference(reference: Reference) -> dict[str, Any]:
+    return {
+        "episode": reference.episode,
+        "step": reference.step,
+        "actions": reference.actions.round(4).tolist(),
     }

@@ -8,7 +8,7 @@ const DIMENSIONS = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"];
 const STAGES = ["total", "model", "queue", "wait", "decode"];
 const BEHIND = 48; // steps that a plot shows before the current one, and after it
 const AHEAD = 8;
-const STEPS = 150;
+const STEPS = 120; // in the lines of ages and latencies
 const SILENCE = 5000; // milliseconds without a report after which the connection counts as lost
 const LONGEST_PAUSE = 5000;
 const PROBLEMS = 50;
@@ -22,7 +22,7 @@ const view = { session: null, page: 1, pages: 1 };
 let stream = null; // the AbortController of the stream that is open
 let steps = [];
 let references = [];
-let shown = ""; // session and episode of those
+let shown = null; // the session of those
 let problems = [];
 let counts = []; // [time, answers] of the last seconds
 let latencies = new Map(); // by session: what the list's lines show
@@ -181,8 +181,8 @@ function listItem(id) {
 }
 
 function rowFacts(row) {
-  const facts = [`episode ${row.episode}`, row.step < 0 ? "no step yet" : `step ${row.step}`];
-  if (row.age !== null) facts.push(`age ${row.age}`, `${row.milliseconds.toFixed(1)} ms`);
+  const facts = [`ep ${row.episode}`, row.step < 0 ? "no step yet" : `step ${row.step}`];
+  if (row.age !== null) facts.push(`age ${row.age}`, `${brief(row.milliseconds)} ms`);
   if (row.degraded) facts.push("degraded");
   if (row.idle >= 2) facts.push(`idle ${Math.round(row.idle)} s`);
   return facts.join(" · ");
@@ -192,12 +192,10 @@ function showSession(session) {
   if (session === null) {
     say("instruction", view.session ? "This session is not open." : "–");
     at("facts").replaceChildren();
-    shown = "";
-    begin_session();
+    turnTo(null);
     return draw(null);
   }
-  const name = `${session.id} ${session.trace}`;
-  if (name !== shown) begin_session(name);
+  if (session.id !== shown) turnTo(session.id);
   steps = [...steps, ...session.steps].slice(-STEPS);
   references = [...references, ...session.references].slice(-24);
   say("instruction", session.instruction || "waiting for the generalist");
@@ -210,13 +208,11 @@ function showSession(session) {
   draw(session);
 }
 
-function begin_session(name = "") {
-  const same = name && shown && name.split(" ")[0] === shown.split(" ")[0];
-  shown = name;
+function turnTo(session) {
+  shown = session;
   steps = [];
   references = [];
-  // The next episode of a session goes on with its cameras.
-  if (!same) for (const camera of ["static", "gripper"]) picture(camera, null);
+  for (const camera of ["static", "gripper"]) picture(camera, null);
 }
 
 function picture(camera, jpeg) {
@@ -237,11 +233,12 @@ function draw(session) {
   drawLatencies();
   const now = last?.step ?? 0;
   const from = now - BEHIND;
+  const current = (thing) => thing.episode === last?.episode;
+  const acted = steps.filter((step) => current(step) && step.step >= from);
+  const told = references.filter((reference) => current(reference) && reference.step + AHEAD > from);
   DIMENSIONS.forEach((name, index) => {
-    const executed = steps.filter(({ step }) => step >= from).map(({ step, action }) => [step, action[index]]);
-    const pieces = references
-      .filter(({ step }) => step + AHEAD > from)
-      .map(({ step, actions }) => ({ step, values: actions.map((row) => row[index]) }));
+    const executed = acted.map(({ step, action }) => [step, action[index]]);
+    const pieces = told.map(({ step, actions }) => ({ step, values: actions.map((row) => row[index]) }));
     const value = executed.length ? executed[executed.length - 1][1] : null;
     say(`value-${name}`, value === null ? "–" : value.toFixed(2).replace("-", "−"));
     const words = `${name}: executed ${value ?? "nothing yet"}, with the reference chunks, up to step ${now}`;
@@ -257,18 +254,22 @@ function drawLatencies() {
     row.hidden = stage !== "total" && !values.length;
     const ordered = [...values].sort((a, b) => a - b);
     const rank = (share) => ordered[Math.min(ordered.length - 1, Math.floor(share * ordered.length))];
-    const words = ordered.length ? `p50 ${rank(0.5).toFixed(1)}  p99 ${rank(0.99).toFixed(1)}` : "";
-    row.querySelector(".figures").textContent = words;
-    const chart = { label: `${stage}: ${words}`, most: STEPS, top: Math.max(1, ...values) };
+    const words = ordered.length ? [`p50 ${brief(rank(0.5))}`, `p99 ${brief(rank(0.99))}`] : [];
+    row.querySelector(".figures").replaceChildren(...words.map((word) => element("span", {}, word)));
+    const chart = { label: `${stage}: ${words.join(", ")}`, most: STEPS, top: Math.max(1, ...values) };
     row.querySelector(".spark").replaceChildren(sparkline(values, chart));
   }
 }
 
+function brief(value) {
+  return value.toFixed(value < 100 ? 1 : 0);
+}
+
 function showProblems(added) {
-  if (!added.length) return;
   problems = [...added.reverse(), ...problems].slice(0, PROBLEMS);
-  at("no-problems").hidden = true;
-  at("problems-box").hidden = false;
+  at("no-problems").hidden = problems.length > 0;
+  at("problems-box").hidden = problems.length === 0;
+  if (!added.length) return;
   at("problems").replaceChildren(
     ...problems.map(({ at: time, method, code, session, message }) => {
       const row = element("tr");
