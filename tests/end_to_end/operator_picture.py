@@ -35,7 +35,7 @@ def main(path: Path) -> None:
         browser.click("[data-session=bench-1] button")
         browser.until("document.querySelector('#facts').innerText.includes('bench-1')")
         time.sleep(WATCHED)
-        browser.until("Number(document.querySelector('#facts').innerText.match(/step (\\d+)/)[1]) > 50")
+        browser.until("Number(document.querySelector('#facts').innerText.match(/step (\\d+)/)[1]) > 50", seconds=300)
         with Image.open(io.BytesIO(browser.picture())) as image:
             image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import browser as browsers
 import grpc
 import pytest
@@ -22,39 +20,38 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    with Pair(Options("toy", device="cpu", settings={"ROBODUAL_TOKENS": TOKEN})) as started:
-        yield started
-
-
-def test_an_operator_sees_a_session_live(pair: Pair) -> None:
-    address = f"http://127.0.0.1:{pair.http_ports['specialist']}/operator/"
-    with at_work(pair, INSTRUCTION, "arm-1", token=TOKEN), Browser() as browser:
-        browser.open(address)
-        # No token, then a wrong one.
-        browser.until("!document.querySelector('#door').hidden")
-        browser.type("#token", "a-wrong-token-of-16-characters")
-        browser.until("document.querySelector('#refusal').innerText != ''")
-        assert browser.text("#refusal") == "The service does not know this token."
-        assert browser.evaluate("document.querySelector('#board').hidden")
-        # What the browser itself says of an answer of 401.
-        assert [said for said in browser.complaints if "401 (Unauthorized)" not in said] == []
-        assert len(browser.complaints) == 2
-        browser.complaints.clear()
-
-        browser.type("#token", TOKEN)
-        _assert_live(browser)
-        _assert_instruction_is_text(browser)
-        _assert_token_is_kept_in_the_tab_alone(browser)
-        _assert_another_session_can_be_chosen(browser, pair)
-        _assert_errors_are_shown(browser, pair)
-        _assert_everybody_can_read_it(browser)
-
+def test_an_operator_sees_a_session_live_and_that_the_service_is_gone() -> None:
+    options = Options("toy", device="cpu", settings={"ROBODUAL_TOKENS": TOKEN})
+    with Pair(options) as pair, Browser() as browser:
+        with at_work(pair, INSTRUCTION, "arm-1", token=TOKEN):
+            browser.open(f"http://127.0.0.1:{pair.http_ports['specialist']}/operator/")
+            _assert_token_is_asked_for(browser)
+            browser.type("#token", TOKEN)
+            _assert_live(browser)
+            _assert_instruction_is_text(browser)
+            _assert_token_is_kept_in_the_tab_alone(browser)
+            _assert_another_session_can_be_chosen(browser, pair)
+            _assert_errors_are_shown(browser, pair)
+            _assert_nothing_is_asked_for_in_the_background(browser)
+            _assert_everybody_can_read_it(browser)
+            assert browser.complaints == []
+        pair.stop()
+        browser.until("document.querySelector('#status').dataset.state == 'lost'")
+        assert "connection lost" in browser.text("#status")
         browser.click("#forget")
         browser.until("!document.querySelector('#door').hidden")
         assert browser.evaluate("sessionStorage.length") == 0
-        assert browser.complaints == []
+
+
+def _assert_token_is_asked_for(browser: Browser) -> None:
+    browser.until("!document.querySelector('#door').hidden")
+    browser.type("#token", "a-wrong-token-of-16-characters")
+    browser.until("document.querySelector('#refusal').innerText != ''")
+    assert browser.text("#refusal") == "The service does not know this token."
+    assert browser.evaluate("document.querySelector('#board').hidden")
+    # Without a token and with a wrong one; the browser itself writes both answers on its console.
+    assert ["401 (Unauthorized)" in said for said in browser.complaints] == [True, True]
+    browser.complaints.clear()
 
 
 def _assert_live(browser: Browser) -> None:
@@ -116,6 +113,20 @@ def _assert_errors_are_shown(browser: Browser, pair: Pair) -> None:
     browser.until("document.querySelector('#total-errors').innerText == '1'")
     browser.until("document.querySelectorAll('#problems tr').length == 1")
     assert "NOT_FOUND\tnobody\tsession_id: nobody is not open here" in browser.text("#problems")
+
+
+def _assert_nothing_is_asked_for_in_the_background(browser: Browser) -> None:
+    picture = "document.querySelector('#static').src"
+    turn = (
+        "Object.defineProperty(document, 'hidden', {{value: {}, configurable: true}});"
+        "document.dispatchEvent(new Event('visibilitychange'))"
+    )
+    browser.evaluate(turn.format("true"))
+    last = browser.evaluate(picture)
+    browser.evaluate("new Promise((resolve) => setTimeout(resolve, 1000))")
+    assert browser.evaluate(picture) == last
+    browser.evaluate(turn.format("false"))
+    browser.until(f"{picture} != {last!r}")
 
 
 def _assert_everybody_can_read_it(browser: Browser) -> None:
