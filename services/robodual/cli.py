@@ -147,6 +147,7 @@ def up(
     )
     with _pair(options, _print_line) as pair:
         console.print(_pair_table(pair))
+        console.print(f"What the robots do: http://127.0.0.1:{pair.http_ports['specialist']}/operator/", soft_wrap=True)
         console.print("Ctrl-C stops them. In another terminal: [bold]robodual evaluate --env playtable[/]")
         while True:
             pair.check()

@@ -208,6 +208,21 @@ async def test_answers_are_counted_by_status_and_unexpected_errors_tell_nothing(
         assert line in text
 
 
+async def test_a_deadline_that_passes_during_a_call_is_counted_as_missed() -> None:
+    async with started() as server, channel_to(server) as channel:
+        stub = rpc.Stub(channel, rpc.SPECIALIST)
+        with pytest.raises(grpc.aio.AioRpcError) as missed:
+            await stub.Act(wire.ActRequest(step=100), timeout=0.2)
+        assert missed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        changed_its_mind = stub.Act(wire.ActRequest(step=100), timeout=30)
+        await asyncio.sleep(0.1)
+        changed_its_mind.cancel()
+        await asyncio.sleep(0.2)
+        assert server.metrics.answered() == {"DEADLINE_EXCEEDED": 1}
+        (problem,) = server.metrics.problems.since(0)
+        assert (problem.method, problem.code) == ("Act", "DEADLINE_EXCEEDED")
+
+
 async def test_a_drain_waits_for_calls_but_not_for_health_watchers() -> None:
     async with started() as server, channel_to(server) as channel:
         await channel.channel_ready()

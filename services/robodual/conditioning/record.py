@@ -14,6 +14,7 @@ MAX_LENGTH = 4096
 MAX_WIDTH = 16384
 MAX_VALUES = 4 * 1024 * 1024
 MAX_NUMBER = 2**32 - 1
+MAX_INSTRUCTION = 512
 EXPONENT = np.uint16(0x7F80)  # of a bfloat16; all ones in infinities and NaNs
 
 
@@ -26,21 +27,25 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """The generalist's conditioning of one frame.
+    """The generalist's conditioning of one frame and one instruction.
 
     `reference_actions` is float32 [8, 7]; `hidden_states` is bfloat16 [L, width], on the CPU, with L up to 4096, width
-    up to 16384 and at most 4 Mi values. Raises `ValueError` for anything else, non-finite values included.
+    up to 16384 and at most 4 Mi values. `instruction`, up to 512 characters, is for people: no model reads it here.
+    Raises `ValueError` for anything else, non-finite values included.
     """
 
     episode: int
     step: int
     reference_actions: NDArray[np.float32]
     hidden_states: torch.Tensor
+    instruction: str = ""
 
     def __post_init__(self) -> None:
         for name, number in (("episode", self.episode), ("step", self.step)):
             if not 0 <= number <= MAX_NUMBER:
                 raise ValueError(f"{name}: expected 0..{MAX_NUMBER}, got {number}")
+        if len(self.instruction) > MAX_INSTRUCTION:
+            raise ValueError(f"instruction: expected at most {MAX_INSTRUCTION} characters, got {len(self.instruction)}")
         actions, states = self.reference_actions, self.hidden_states
         if actions.dtype != np.float32 or actions.shape != CHUNK:
             raise ValueError(

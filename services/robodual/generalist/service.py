@@ -14,7 +14,7 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from robodual.conditioning.record import Conditioning, Version
+from robodual.conditioning.record import MAX_INSTRUCTION, Conditioning, Version
 from robodual.conditioning.store import ForeignSession, Store, StoreUnavailable, Tls
 from robodual.facts import together
 from robodual.generalist.engine import GeneralistEngine, Thought, load_generalist
@@ -33,7 +33,6 @@ from robodual_client import tensors, wire
 
 logger = structlog.get_logger(__name__)
 
-MAX_INSTRUCTION = 512
 HEARTBEAT = 1.0  # seconds between looks at the store
 
 
@@ -78,7 +77,9 @@ class GeneralistService:
         timings.add("think", done.computed)
         thought = done.answer
         self._metrics.malformed.inc(thought.malformed_tokens)
-        conditioning = Conditioning(request.episode, request.step, thought.reference_actions, thought.hidden_states)
+        conditioning = Conditioning(
+            request.episode, request.step, thought.reference_actions, thought.hidden_states, instruction
+        )
         with _reachable():
             stored, latest = await self._store.put(session, conditioning, owner)
         timings.lap("store")

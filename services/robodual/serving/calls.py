@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from robodual.serving import auth
 from robodual.serving.errors import InvalidArgument, ServiceError
-from robodual.serving.metrics import Metrics
+from robodual.serving.metrics import Metrics, Problem
 
 logger = structlog.get_logger(__name__)
 
@@ -62,6 +63,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             with self._counted():
                 try:
                     response = await answer(_parsed(request, parse), context)
+                except asyncio.CancelledError:
+                    self._given_up(method, context)
+                    raise
                 except Exception as error:
                     await self._abort(method, error, context)
                 else:
@@ -79,6 +83,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     async for response in answers(_Messages(requests, parse), context):
                         self._metrics.request(method, "OK").inc()
                         yield response
+                except asyncio.CancelledError:
+                    self._given_up(method, context)
+                    raise
                 except Exception as error:
                     await self._abort(method, error, context)
 
@@ -103,8 +110,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             identity = uuid.uuid4().hex[:12]
             code, message = grpc.StatusCode.INTERNAL, f"internal error {identity}; the service's log has the details"
             logger.error("failed", method=method, error_id=identity, exc_info=error)
-        self._metrics.request(method, code.name).inc()
+        self._count(method, code, message)
         await context.abort(code, message)
+
+    def _given_up(self, method: str, context: Any) -> None:
+        """A call that gRPC cancels: counted as a deadline that was missed, unless its caller just changed its mind."""
+        remaining = context.time_remaining()
+        if remaining is not None and remaining <= 0:
+            self._count(method, grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed before the answer")
+
+    def _count(self, method: str, code: grpc.StatusCode, message: str) -> None:
+        self._metrics.request(method, code.name).inc()
+        bound = structlog.contextvars.get_contextvars()
+        session, owner = bound.get("session", ""), bound.get("token", "")
+        self._metrics.problems.add(Problem(time.time(), method, code.name, session, owner, message))
 
 
 class _Messages:

@@ -7,11 +7,13 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request, Response
 from google.protobuf.json_format import MessageToDict
 
 import robodual
@@ -19,7 +21,16 @@ from robodual.serving.auth import Authenticator
 from robodual.serving.errors import ResourceExhausted
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
+from robodual.serving.settings import is_loopback
 from robodual_client import wire
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What one service alone serves over HTTP: to anyone, and to those with a token (`request.state.caller`)."""
+
+    public: APIRouter
+    guarded: APIRouter
 
 
 def application(
@@ -27,11 +38,15 @@ def application(
     metrics: Metrics,
     authenticator: Authenticator,
     info: Callable[[], wire.InfoResponse | None],
+    pages: Pages | None = None,
 ) -> FastAPI:
-    """`/healthz` and `/readyz` for anyone, `/metrics`, `/info` and `/openapi.json` for those with a token."""
+    """`/healthz` and `/readyz` for anyone, `/metrics`, `/info` and `/openapi.json` for those with a token; `pages`."""
     app = FastAPI(title="RoboDual Serve", version=robodual.__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
-    def authorized(authorization: Annotated[str | None, Header()] = None) -> None:
+    def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
+        if authenticator.caller(None) is not None and _is_rebound(request):
+            # A page of any site may have its name stand for 127.0.0.1: without tokens, that would be all it takes.
+            raise HTTPException(403, "expected a Host of this machine (localhost), as long as no tokens are set")
         caller = authenticator.caller(authorization)
         if caller is None:
             raise HTTPException(
@@ -41,6 +56,7 @@ def application(
             caller.admit()
         except ResourceExhausted as error:
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
+        request.state.caller = caller
 
     guarded = APIRouter(
         dependencies=[Depends(authorized)],
@@ -76,8 +92,18 @@ def application(
     async def schema() -> dict[str, Any]:
         return app.openapi()
 
+    if pages is not None:
+        guarded.include_router(pages.guarded)
     app.include_router(guarded)
+    if pages is not None:
+        app.include_router(pages.public)
     return app
+
+
+def _is_rebound(request: Request) -> bool:
+    """Whether the connection came to this machine's own address under another machine's name."""
+    own = request.scope.get("server") or ("",)
+    return is_loopback(own[0]) and not is_loopback(urlsplit(f"//{request.headers.get('host', '')}").hostname or "")
 
 
 class HttpServer:

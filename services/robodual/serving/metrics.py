@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter as Counted
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from robodual.serving.recent import Recent
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 STEPS = (0, 1, 2, 4, 7, 8, 16, 32, 64)
 STALE = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 BATCHES = (1, 2, 4, 8, 16, 32)
+PROBLEMS = 50
+LONGEST = 300  # characters of a message that are kept
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call that got an error instead of an answer, in words."""
+
+    at: float  # seconds since the epoch
+    method: str
+    code: str
+    session: str  # "" where it had not been read yet
+    owner: str  # of the token that it came with; "" without one
+    message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", self.message[:LONGEST])
 
 
 class Metrics:
     """The metrics of one service, in a registry of their own, so that several services can share a process."""
 
     def __init__(self) -> None:
+        self.problems = Recent[Problem](PROBLEMS)
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "robodual_requests", "Answers by method and status.", ["method", "code"], registry=registry
@@ -74,6 +96,17 @@ class Metrics:
                 for kind, read in MEMORY.items():
                     self.device_memory.labels(device, kind).set_function(functools.partial(read, device))
 
+    def answered(self) -> Counted[str]:
+        """Calls so far by status."""
+        counted = Counted[str]()
+        for labels, value in _samples(self.requests):
+            counted[labels["code"]] += int(value)
+        return counted
+
+    def value(self, metric: Counter | Gauge) -> int:
+        """Of a metric without labels."""
+        return int(sum(value for _, value in _samples(metric)))
+
     def exposition(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -90,3 +123,8 @@ MEMORY: dict[str, Callable[[str], int]] = {
     "used": _used,
     "total": lambda device: torch.cuda.mem_get_info(device)[1],
 }
+
+
+def _samples(metric: Counter | Gauge) -> list[tuple[dict[str, str], float]]:
+    samples = (sample for family in metric.collect() for sample in family.samples)
+    return [(sample.labels, sample.value) for sample in samples if not sample.name.endswith("_created")]

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from robodual.serving.auth import Authenticator, AuthInterceptor
 from robodual.serving.calls import CallInterceptor
 from robodual.serving.errors import Unavailable
-from robodual.serving.http import HttpServer, application
+from robodual.serving.http import HttpServer, Pages, application
 from robodual.serving.logging import configure
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Background, Readiness
@@ -39,7 +39,11 @@ class Server:
     """One service's endpoints. They answer from `start` on, so that loading can be watched; methods from `open` on."""
 
     def __init__(
-        self, settings: GeneralistSettings | SpecialistSettings, readiness: Readiness, metrics: Metrics
+        self,
+        settings: GeneralistSettings | SpecialistSettings,
+        readiness: Readiness,
+        metrics: Metrics,
+        pages: Pages | None = None,
     ) -> None:
         self.readiness = readiness
         self.metrics = metrics
@@ -48,7 +52,7 @@ class Server:
         self._name = {"generalist": rpc.GENERALIST, "specialist": rpc.SPECIALIST}[settings.service]
         self._info: wire.InfoResponse | None = None
         self._authenticator = Authenticator(settings.tokens, file=settings.tokens_file, max_rate=settings.max_rate)
-        app = application(readiness, metrics, self._authenticator, lambda: self._info)
+        app = application(readiness, metrics, self._authenticator, lambda: self._info, pages)
         self._http = HttpServer(
             app,
             settings.host,

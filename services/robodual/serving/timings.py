@@ -16,7 +16,7 @@ class Timings:
     def __init__(self, metrics: Metrics) -> None:
         self.span = tracing.current.get()  # None where nothing is traced
         self._metrics = metrics
-        self._stages: list[tuple[str, float]] = []
+        self.stages: list[tuple[str, float]] = []  # in seconds, in the order of their ends
         self._started = self._lap = time.perf_counter()
 
     def lap(self, stage: str) -> None:
@@ -26,7 +26,7 @@ class Timings:
 
     def add(self, stage: str, seconds: float) -> None:
         """Counts `seconds` as `stage`; the next lap begins here."""
-        self._stages.append((stage, seconds))
+        self.stages.append((stage, seconds))
         self._lap = time.perf_counter()
 
     def messages(self) -> list[wire.Timing]:
@@ -34,13 +34,13 @@ class Timings:
         total = time.perf_counter() - self._started
         if self.span is not None:
             ended = 0.0
-            for stage, seconds in self._stages:
+            for stage, seconds in self.stages:
                 ended += seconds
                 self.span.stage(stage, seconds, ago=total - ended)
         self.add("total", total)
         asyncio.get_running_loop().call_soon(self._observe)
-        return [wire.Timing(stage=stage, milliseconds=seconds * 1e3) for stage, seconds in self._stages]
+        return [wire.Timing(stage=stage, milliseconds=seconds * 1e3) for stage, seconds in self.stages]
 
     def _observe(self) -> None:
-        for stage, seconds in self._stages:
+        for stage, seconds in self.stages:
             self._metrics.stage(stage).observe(seconds)

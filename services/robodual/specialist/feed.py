@@ -92,7 +92,8 @@ class Feed:
             else:
                 took = time.perf_counter() - started
                 self._metrics.stage("project").observe(took - (fetched - started))
-                session.keep(Conditioned(conditioning.version, projected, conditioning.reference_actions, took))
+                told = (conditioning.reference_actions, conditioning.instruction)
+                session.keep(Conditioned(conditioning.version, projected, *told, took))
 
     async def close(self) -> None:
         """Ends the fetches that are under way."""

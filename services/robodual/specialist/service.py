@@ -21,6 +21,7 @@ from robodual.profiles import shipped
 from robodual.serving import auth, fields, server
 from robodual.serving.batching import Batcher
 from robodual.serving.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from robodual.serving.http import Pages
 from robodual.serving.info import describe
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Background, Readiness
@@ -31,7 +32,10 @@ from robodual.specialist import observation
 from robodual.specialist.control import ControlLoop, noise, reference_actions
 from robodual.specialist.engine import Answer, Frame, Projected, Request, SpecialistEngine, load_specialist
 from robodual.specialist.feed import Feed
+from robodual.specialist.operator.observers import Observers
+from robodual.specialist.operator.pages import events, files
 from robodual.specialist.sessions import Conditioned, Session, Sessions
+from robodual.specialist.trace import Reference, Step
 from robodual_client import tensors, wire
 
 logger = structlog.get_logger(__name__)
@@ -203,6 +207,9 @@ class SpecialistService:
             recovery=observation.recovery_state(episode, step, session.seed, session.window, session.control),
             timings=timings.messages(),
         )
+        if session.trace is not None:
+            taken = Step(episode, step, action, age, degraded, timings.stages)
+            session.trace.note(taken, frame, Reference(*version, conditioned.reference_actions))
         return session.answer
 
     def _check_order(self, session: Session, request: wire.ActRequest) -> None:
@@ -287,11 +294,21 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
         timeout=settings.redis_timeout,
         tls=Tls(settings.redis_ca, settings.redis_certificate, settings.redis_key),
     )
-    endpoints = Server(settings, readiness, metrics)
+    sessions = Sessions(
+        most=settings.max_sessions,
+        most_of_one=settings.max_sessions_per_token,
+        ttl=settings.session_ttl,
+        metrics=metrics,
+        engines=len(engines or settings.places),
+    )
+    observers = Observers(sessions, metrics, readiness)
+    pages = Pages(public=files(), guarded=events(observers))
+    endpoints = Server(settings, readiness, metrics, pages)
     async with contextlib.AsyncExitStack() as cleanup:
         cleanup.push_async_callback(store.close)
         await endpoints.start()
         cleanup.push_async_callback(endpoints.stop)
+        cleanup.callback(observers.close)
         models = engines or await asyncio.to_thread(_load, settings)
         batchers = []
         for model in models:
@@ -300,13 +317,6 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
             await batcher.call(_warm_up, model, settings.max_batch)
             batchers.append(batcher)
         readiness.meet("model")
-        sessions = Sessions(
-            most=settings.max_sessions,
-            most_of_one=settings.max_sessions_per_token,
-            ttl=settings.session_ttl,
-            metrics=metrics,
-            engines=len(models),
-        )
 
         async def project(session: Session, hidden_states: torch.Tensor) -> Projected:
             model, width = models[session.engine], hidden_states.shape[-1]

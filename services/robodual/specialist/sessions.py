@@ -16,6 +16,7 @@ from robodual.serving.errors import PermissionDenied, ResourceExhausted
 from robodual.serving.metrics import Metrics
 from robodual.specialist.control import ControlLoop, Window
 from robodual.specialist.engine import Features, Projected
+from robodual.specialist.trace import Trace
 from robodual_client import wire
 
 KEPT = 2  # conditionings a session: one may be of a frame that its steps have not reached
@@ -37,6 +38,7 @@ class Conditioned:
     version: Version
     projected: Projected
     reference_actions: NDArray[np.float32]  # [8, 7], as the generalist gave it
+    instruction: str
     took: float = 0.0  # seconds to fetch and project it
     at: float = field(default_factory=time.perf_counter)  # when that was done
 
@@ -65,6 +67,7 @@ class Session:
         self.answer: wire.ActResponse | None = None
         self.refused: Refused | None = None  # the newest, if a conditioning was
         self.traced = NEVER  # the latest conditioning that is in a trace
+        self.trace: Trace | None = None  # of its steps, while somebody looks
         self._kept: list[Conditioned] = []
 
     @property
@@ -72,6 +75,11 @@ class Session:
         """The episode and its latest step with an action; -1 before the first."""
         step = self.control.last_step
         return self.episode, -1 if step is None else step
+
+    @property
+    def instruction(self) -> str:
+        """What the newest conditioning was made for; "" before the first."""
+        return self._kept[-1].instruction if self._kept else ""
 
     @property
     def newest(self) -> Version:
