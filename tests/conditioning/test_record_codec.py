@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from robodual.conditioning import codec
 from robodual.conditioning.record import Conditioning, Version
 
+ROBOT = "robot"
+
 
 def conditioning(length: int = 3, width: int = 5) -> Conditioning:
     draw = np.random.default_rng(0)
@@ -20,27 +22,27 @@ def conditioning(length: int = 3, width: int = 5) -> Conditioning:
 
 def test_a_record_comes_back_bit_for_bit() -> None:
     sent = conditioning(90, 4096)
-    received = codec.decode(codec.encode(sent))
+    received = codec.decode(codec.encode(sent, ROBOT), ROBOT)
     assert received.version == Version(4, 9)
     assert np.array_equal(received.reference_actions, sent.reference_actions)
     assert torch.equal(received.hidden_states.view(torch.uint16), sent.hidden_states.view(torch.uint16))
 
 
 def test_a_published_record_takes_two_bytes_a_value() -> None:
-    assert len(codec.encode(conditioning(90, 4096))) == 28 + 224 + 2 * 90 * 4096
+    assert len(codec.encode(conditioning(90, 4096), ROBOT)) == 28 + 224 + 2 * 90 * 4096
 
 
 def test_hidden_states_that_are_a_view_are_stored_in_order() -> None:
     sent = conditioning(6, 4)
     turned = Conditioning(0, 0, sent.reference_actions, sent.hidden_states.T)
-    assert torch.equal(codec.decode(codec.encode(turned)).hidden_states, sent.hidden_states.T)
+    assert torch.equal(codec.decode(codec.encode(turned, ROBOT), ROBOT).hidden_states, sent.hidden_states.T)
 
 
 def patched(offset: int, layout: str, value: object) -> bytes:
     """A record with one field changed, and a checksum that is right again."""
-    record = bytearray(codec.encode(conditioning()))
+    record = bytearray(codec.encode(conditioning(), ROBOT))
     struct.pack_into(layout, record, offset, value)
-    struct.pack_into("<I", record, 24, zlib.crc32(record[28:]))
+    struct.pack_into("<I", record, 24, zlib.crc32(record[28:], zlib.crc32(b"robot")))
     return bytes(record)
 
 
@@ -49,35 +51,42 @@ def patched(offset: int, layout: str, value: object) -> bytes:
     [
         (b"", "at least 28 bytes, got 0"),
         (patched(0, "<4s", b"\x80\x04\x95\x00"), "magic"),
-        (patched(4, "<H", 2), "format version 1, got 2"),
+        (patched(4, "<H", 1), "format version 2, got 1"),
         (patched(6, "<H", 4), "element type 3"),
         (patched(16, "<I", 0), r"hidden_states: expected \[1..4096"),
         (patched(16, "<I", 2**32 - 1), r"hidden_states: expected \[1..4096"),
         (patched(20, "<I", 16384), "bytes for hidden states"),
         (patched(28, "<f", float("nan")), "reference_actions: expected finite"),
         (patched(252, "<H", 0x7F80), "hidden_states: expected finite"),
-        (codec.encode(conditioning()) + b"\0", "expected 282 bytes .* got 283"),
-        (codec.encode(conditioning())[:-1], "expected 282 bytes .* got 281"),
-        (codec.encode(conditioning())[:-1] + b"\0", "checksum"),
+        (codec.encode(conditioning(), ROBOT) + b"\0", "expected 282 bytes .* got 283"),
+        (codec.encode(conditioning(), ROBOT)[:-1], "expected 282 bytes .* got 281"),
+        (codec.encode(conditioning(), ROBOT)[:-1] + b"\0", "checksum"),
     ],
 )
 def test_what_it_does_not_know_is_refused(record: bytes, complaint: str) -> None:
     with pytest.raises(codec.RecordError, match=complaint):
-        codec.decode(record)
+        codec.decode(record, ROBOT)
+
+
+def test_a_record_of_another_session_is_refused() -> None:
+    record = codec.encode(conditioning(), "other")
+    with pytest.raises(codec.RecordError, match="another session's"):
+        codec.decode(record, ROBOT)
+    assert codec.decode(record, "other").version == Version(4, 9)
 
 
 @given(st.binary(max_size=400))
 def test_arbitrary_bytes_are_refused(record: bytes) -> None:
     with pytest.raises(codec.RecordError):
-        codec.decode(record)
+        codec.decode(record, ROBOT)
 
 
 @given(st.integers(0, 281), st.integers(1, 255))
 def test_one_changed_byte_is_refused_or_changes_the_version_alone(offset: int, flip: int) -> None:
-    record = bytearray(codec.encode(conditioning()))
+    record = bytearray(codec.encode(conditioning(), ROBOT))
     record[offset] ^= flip
     try:
-        received = codec.decode(bytes(record))
+        received = codec.decode(bytes(record), ROBOT)
     except codec.RecordError:
         return
     assert 8 <= offset < 16

@@ -1,6 +1,8 @@
 import contextlib
 import io
+import struct
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -59,6 +61,34 @@ def test_a_header_of_another_size_is_refused_before_decoding(kind: str) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
+
+
+def test_a_png_with_a_damaged_part_is_refused() -> None:
+    picture = encoded("PNG")
+    empty = struct.pack(">I", 0) + b"iCCP" + struct.pack(">I", zlib.crc32(b"iCCP"))
+    picture.data = picture.data[:-12] + empty + picture.data[-12:]
+    with pytest.raises(ValueError, match=r"image\.data: the PNG is damaged"):
+        decode_image(picture, field="image")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", [4000, 60_000])
+def test_a_second_header_of_another_size_is_refused_before_decoding(kind: str, side: int) -> None:
+    picture = encoded(kind)
+    if kind == "PNG":
+        header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        second = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+        at = 8 + 25
+    else:
+        at = picture.data.index(b"\xff\xc0")
+        length = struct.unpack_from(">H", picture.data, at + 2)[0]
+        first = bytearray(picture.data[at : at + 2 + length])
+        at += len(first)
+        struct.pack_into(">HH", first, 5, side, side)
+        second = bytes(first)
+    picture.data = picture.data[:at] + second + picture.data[at:]
+    with pytest.raises(ValueError, match=rf"image\.data: the {kind} is damaged"):
+        decode_image(picture, field="image")
 
 
 @pytest.mark.parametrize("kind", KINDS)

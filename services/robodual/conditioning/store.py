@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -51,6 +53,16 @@ return 0
 """
 
 
+# KEYS: the session's key. ARGV: the SHA-1 of a record that cannot be read. Drops that record and no other.
+_DROP_UNREADABLE = """
+local record = redis.call('HGET', KEYS[1], 'record')
+if record and redis.sha1hex(record) == ARGV[1] then
+    return redis.call('DEL', KEYS[1])
+end
+return 0
+"""
+
+
 class StoreUnavailable(Exception):
     """The store did not answer in time, or answered with an error; the message says which."""
 
@@ -92,23 +104,36 @@ class Store:
         self._listener = _connect(url, timeout, Retry(NoBackoff(), retries=0))
         self._put = self._redis.register_script(_PUT)
         self._drop_before = self._redis.register_script(_DROP_BEFORE)
+        self._drop_unreadable = self._redis.register_script(_DROP_UNREADABLE)
 
     async def put(self, session: str, conditioning: Conditioning) -> tuple[bool, Version]:
         """Stores and announces `conditioning` unless the store holds its version or a newer one, in one atomic step.
 
         Returns whether it was stored, and the newest version in the store after the call.
         """
-        record = codec.encode(conditioning)
+        record = codec.encode(conditioning, session)
         arguments = (session, *conditioning.version, record, int(self._ttl * 1000), CHANNEL)
         stored, episode, step = await self._ask(self._put(keys=[_key(session)], args=arguments))
         return bool(stored), Version(episode, step)
 
     async def fetch(self, session: str) -> Conditioning | None:
-        """The session's latest conditioning, or None. Raises `RecordError` for a record that cannot be read."""
+        """The session's latest conditioning, or None.
+
+        Raises `RecordError` for a record that cannot be read, after dropping it: under the version that stands beside
+        it, it would keep the session's own conditionings out. One of another release's format is left to that release.
+        """
         record = await self._ask(self._redis.hget(_key(session), "record"))
         if record is None:
             return None
-        return await asyncio.to_thread(codec.decode, record)
+        try:
+            return await asyncio.to_thread(codec.decode, record, session)
+        except codec.UnknownFormat:
+            raise
+        except codec.RecordError:
+            with contextlib.suppress(StoreUnavailable):  # may not write, or is gone: then another reader drops it
+                digest = hashlib.sha1(record, usedforsecurity=False).hexdigest()
+                await self._ask(self._drop_unreadable(keys=[_key(session)], args=[digest]))
+            raise
 
     async def delete(self, session: str) -> bool:
         """Drops the session's conditioning; returns whether there was one."""

@@ -41,9 +41,12 @@ def decode_image(image: wire.Image, *, field: str, sides: range = tensors.IMAGE_
         raise ValueError(f"{field}: its {kind} header says {size}, the message ({image.height}, {image.width})")
     try:
         with Image.open(io.BytesIO(data), formats=(kind,)) as opened:
+            # A second header may say another size; until it is decoded, a picture takes no memory.
+            if opened.size != (image.width, image.height):
+                raise ValueError("its headers contradict each other")
             mode, pixels = opened.mode, np.asarray(opened)
-    # Pillow raises each of these on damaged files; warnings, where they are made errors, on damaged metadata.
-    except (OSError, SyntaxError, ValueError, Warning) as error:
+    # On damaged files Pillow raises nearly anything: IndexError, struct.error, SyntaxError, warnings made errors.
+    except Exception as error:
         raise ValueError(f"{field}.data: the {kind} is damaged or cut short: {error}") from error
     if mode != "RGB" or pixels.shape != (image.height, image.width, 3):
         raise ValueError(f"{field}.data: expected an 8-bit RGB {kind}, got mode {mode}, shape {pixels.shape}")

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 import torch
 
+from robodual.conditioning.codec import RecordError
 from robodual.conditioning.store import Announced, Interrupted, Store, StoreUnavailable
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
@@ -61,19 +62,23 @@ class Feed:
             self._tasks.add(task)
             task.add_done_callback(self._ended)
 
-    async def refresh(self, session: Session) -> None:
-        """Fetches and projects the session's latest conditioning. A store or a record that fails is logged."""
+    async def refresh(self, session: Session) -> bool:
+        """Fetches and projects the session's latest conditioning. A store or a record that fails is logged.
+
+        Returns whether the store answered: then what it holds is here, or of no use.
+        """
         async with session.fetching:
             try:
                 conditioning = await self._store.fetch(session.identity)
                 if conditioning is None or conditioning.version <= max(session.newest, (session.episode, -1)):
-                    return
+                    return True
             except StoreUnavailable as error:
                 logger.warning("conditioning not fetched", session=session.identity, reason=str(error))
-                return
-            except ValueError as error:
+                return False
+            except RecordError as error:
                 self._refuse(session, str(error))
-                return
+                session.spoil()
+                return True
             try:
                 projected = await self._project(conditioning.hidden_states)
             except ValueError as error:
@@ -81,6 +86,7 @@ class Feed:
                 session.refuse(Refused(conditioning.version, str(error)))
             else:
                 session.keep(Conditioned(conditioning.version, projected, conditioning.reference_actions))
+            return True
 
     async def close(self) -> None:
         """Ends the fetches that are under way."""

@@ -100,7 +100,12 @@ class SpecialistService:
                 raise FailedPrecondition(f"episode: the session is at episode {episode}, after {request.episode}")
             if request.episode == episode and step >= 0:
                 raise FailedPrecondition(f"episode: {episode} has begun already; reset to a later one")
+            if request.episode == episode and session.client not in (0, request.client):
+                raise FailedPrecondition(
+                    f"session_id: another client has begun episode {episode} of {identity}; take another name"
+                )
             session.begin(request.episode, request.seed, window)
+            session.client = request.client
         # Its conditioning may be there already, announced before the session was open.
         self._feed.look(session)
         return wire.ResetResponse()
@@ -132,17 +137,18 @@ class SpecialistService:
         async with session.lock:
             if self._sessions.find(identity) is not session:
                 raise NotFound(f"session_id: {identity} was closed")
+            looked = False
             if resumption is not None and (resumption.episode, resumption.step) > session.progress:
                 r = resumption
                 session.resume(r.episode, r.seed, r.window, r.control, r.previous)
-                await self._feed.refresh(session)
+                looked = await self._feed.refresh(session)
                 logger.info("resumed", after=r.step)
             if session.answer is not None and session.progress == (request.episode, request.step):
                 return session.answer
             self._check_order(session, request)
             frame = await observation.frame(request, self._sensors)
             timings.lap("decode")
-            conditioned = await self._conditioning(session, request, deadline)
+            conditioned = await self._conditioning(session, request, deadline, looked)
             timings.lap("wait")
             return await self._answer(session, request.step, frame, conditioned, deadline, timings)
 
@@ -205,8 +211,13 @@ class SpecialistService:
         if request.step <= step:
             raise FailedPrecondition(f"step: the session is at step {step}; {request.step} is not after it")
 
-    async def _conditioning(self, session: Session, request: wire.ActRequest, deadline: float | None) -> Conditioned:
-        """The conditioning for this step: new enough, or what there is to say about it."""
+    async def _conditioning(
+        self, session: Session, request: wire.ActRequest, deadline: float | None, looked: bool
+    ) -> Conditioned:
+        """The conditioning for this step: new enough, or what there is to say about it.
+
+        `looked`: the store has just been asked for a session that was served elsewhere, so that what it lacks is lost.
+        """
         step = request.step
         least = Version(request.min_conditioning.episode, request.min_conditioning.step)
         if least > (request.episode, step):
@@ -215,6 +226,12 @@ class SpecialistService:
         found = session.usable(step)
         if request.HasField("min_conditioning"):
             if found is None or found.version < least:
+                if looked:
+                    self._check_refused(session, least)
+                    raise FailedPrecondition(
+                        f"min_conditioning: the store holds no conditioning from {tuple(least)} on any more; "
+                        "ask the generalist for it again"
+                    )
                 found = await self._await_conditioning(session, step, least, deadline)
         elif found is None or step - found.version.step > most:
             # Its announcement may be on its way still.
@@ -246,11 +263,16 @@ class SpecialistService:
         if deadline is not None:
             limit = min(limit, deadline - MARGIN)
         asked = False
+        spoiled = session.spoiled
         while True:
             found = session.usable(step)
             if found is not None and found.version >= least:
                 return found
             self._check_refused(session, least)
+            if session.spoiled > spoiled:
+                raise FailedPrecondition(
+                    "the conditioning in the store could not be read, the log says why: ask the generalist for it again"
+                )
             left = limit - self._loop.time()
             if left <= 0:
                 raise DeadlineExceeded(

@@ -55,6 +55,8 @@ class Session:
         self.previous: Features | NDArray[np.uint8] | None = None
         self.answer: wire.ActResponse | None = None
         self.refused: Refused | None = None  # the newest, if a conditioning was
+        self.spoiled = 0  # records in the store that could not be read
+        self.client = 0  # who began the episode; 0: it did not say
         self._kept: list[Conditioned] = []
 
     @property
@@ -89,6 +91,11 @@ class Session:
     def refuse(self, refused: Refused) -> None:
         """Notes that a conditioning cannot be used, and tells whoever waits for it."""
         self.refused = refused
+        self.arrived.set()
+
+    def spoil(self) -> None:
+        """Notes that the store's record could not be read, and tells whoever waits for one."""
+        self.spoiled += 1
         self.arrived.set()
 
     def usable(self, step: int) -> Conditioned | None:
