@@ -50,7 +50,12 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 @pytest.fixture(scope="session")
 def undisturbed(processes: Deployment) -> Undisturbed:
-    return Undisturbed(processes)
+    episodes = Undisturbed(processes)
+    for number in (1, 2, 3):
+        episodes.of(number)
+    episodes.of(2, episode=2)
+    episodes.of(4, schedule="every-1000")
+    return episodes
 
 
 @pytest.fixture

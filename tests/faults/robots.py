@@ -18,8 +18,8 @@ from robodual_client.answer import Answer
 from robodual_client.errors import DeadlineExceeded, NoConditioning, RoboDualError, ServiceUnavailable
 
 STEPS = 24  # on the published schedule the generalist is asked at 0, 7, 15 and 23
-PATIENCE = 90.0  # seconds that a robot asks for a step again
-TIMEOUTS = Timeouts(act=20, condition=60, control=20, budget=60, connect=20)
+PATIENCE = 150.0  # seconds that a robot asks for a step again
+TIMEOUTS = Timeouts(act=20, condition=60, control=20, budget=150, connect=60)
 PASSING = (DeadlineExceeded, NoConditioning, ServiceUnavailable)  # errors that say: ask for the step again
 
 
@@ -127,18 +127,17 @@ class Robot:
 
 
 class Undisturbed:
-    """What robots get where nothing goes wrong, each computed once, over the wire."""
+    """What robots get where nothing goes wrong, over the wire and before anything did."""
 
     def __init__(self, deployment: Deployment) -> None:
-        self._deployment = deployment
+        self._place = deployment.generalist.address, deployment.b.address
         self._known: dict[tuple[int, int, str], Robot] = {}
         self._seen: set[bytes] = set()
 
     def of(self, number: int, episode: int = 1, schedule: str = "published") -> Robot:
         key = number, episode, schedule
         if key not in self._known:
-            place = self._deployment.generalist.address, self._deployment.b.address
-            twin = Robot(number, *place, episode=episode, schedule=schedule)
+            twin = Robot(number, *self._place, episode=episode, schedule=schedule)
             twin.start()
             twin.join()
             assert not twin.errors

@@ -72,19 +72,18 @@ def test_a_specialist_told_to_stop_answers_what_it_has_and_hands_its_sessions_ov
     with grpc.insecure_channel(leaving.address) as channel, grpc.insecure_channel(deployment.generalist.address) as g:
         stub = rpc.Stub(channel, rpc.SPECIALIST)
         stub.Reset(wire.ResetRequest(session_id="in-flight", episode=1), timeout=20)
-        in_flight = stub.Act.future(act("in-flight", 0, min_conditioning=version(1, 0)), timeout=9)
+        in_flight = stub.Act.future(act("in-flight", 0, min_conditioning=version(1, 0)), timeout=20)
         stub.GetInfo(wire.InfoRequest(), timeout=20)  # the service has seen what was sent before this
 
         lost = time.monotonic()
         leaving.terminate()
         until(lambda: leaving.readiness() == 503, 5, lambda: "a service that drains says that it is ready")
         robots[0].go(12)
-        for robot in robots:
-            robot.join()
-        assert leaving.runs
         assert not in_flight.done()
         rpc.Stub(g, rpc.GENERALIST).Condition(_glance("in-flight"), timeout=20)
-        assert in_flight.result(10).step == 0
+        assert in_flight.result(20).step == 0
+        for robot in robots:
+            robot.join()
 
     assert leaving.wait(20) == 0
     undisturbed.check(*robots)
