@@ -146,9 +146,9 @@ class Plain:
 def alone(made: Conditioning) -> Stages:
     """What encoding and decoding cost by themselves: parts of the stages above."""
     clock = Clock()
-    record = codec.encode(made)
+    record = codec.encode(made, SESSION)
     clock.lap("encode, of the put")
-    codec.decode(record)
+    codec.decode(record, SESSION)
     clock.lap("decode, of the fetch")
     return clock.stages
 
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for profile in options.profile:
         engine = load_specialist(profile, device=options.device)
         made = draw(engine.width, options.length)
-        sizes[profile] = len(codec.encode(made))
+        sizes[profile] = len(codec.encode(made, SESSION))
         with nullcontext() if options.redis_url else EmbeddedServer() as server:
             url = options.redis_url or server.url
             own = asyncio.run(measure(url, engine, made, options.rounds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import time
 import uuid
 from dataclasses import replace
@@ -52,6 +53,7 @@ class Session:
         self.episode = 0
         self.step_number = 0
         self._seed = _checked_seed(seed)
+        self._client = 1 + secrets.randbits(63)  # tells this client from another under the same name
         self._timeouts = timeouts
         self._latency = _checked_latency(latency)
         self._tracer = tracer
@@ -166,7 +168,7 @@ class Session:
         yield from self._stop_thinking()
         self._ready = False
         forget = [(SPECIALIST, address) for address in sorted(self._opened)]
-        if self.episode:
+        if self._opened:  # otherwise what is there under this name is another client's
             forget.append((GENERALIST, self._generalists.current))
         self._opened.clear()
         for service, address in forget:
@@ -291,6 +293,7 @@ class Session:
             episode=self.episode,
             seed=self._seed,
             reference_window=self.schedule.reference_window,
+            client=self._client,
         )
         return Call(address, service, "Reset", request, self._timeouts.control)
 

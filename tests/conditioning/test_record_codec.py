@@ -11,6 +11,7 @@ from robodual.conditioning import codec
 from robodual.conditioning.record import Conditioning, Version
 
 INSTRUCTION = "öffne <b>die</b> Schublade"  # 27 bytes
+ROBOT = "robot"
 
 
 def conditioning(length: int = 3, width: int = 5) -> Conditioning:
@@ -22,7 +23,7 @@ def conditioning(length: int = 3, width: int = 5) -> Conditioning:
 
 def test_a_record_comes_back_bit_for_bit() -> None:
     sent = conditioning(90, 4096)
-    received = codec.decode(codec.encode(sent))
+    received = codec.decode(codec.encode(sent, ROBOT), ROBOT)
     assert received.version == Version(4, 9)
     assert received.instruction == INSTRUCTION
     assert np.array_equal(received.reference_actions, sent.reference_actions)
@@ -30,20 +31,20 @@ def test_a_record_comes_back_bit_for_bit() -> None:
 
 
 def test_a_published_record_takes_two_bytes_a_value() -> None:
-    assert len(codec.encode(conditioning(90, 4096))) == 32 + 224 + 2 * 90 * 4096 + 27
+    assert len(codec.encode(conditioning(90, 4096), ROBOT)) == 32 + 224 + 2 * 90 * 4096 + 27
 
 
 def test_hidden_states_that_are_a_view_are_stored_in_order() -> None:
     sent = conditioning(6, 4)
     turned = Conditioning(0, 0, sent.reference_actions, sent.hidden_states.T)
-    assert torch.equal(codec.decode(codec.encode(turned)).hidden_states, sent.hidden_states.T)
+    assert torch.equal(codec.decode(codec.encode(turned, ROBOT), ROBOT).hidden_states, sent.hidden_states.T)
 
 
 def patched(offset: int, layout: str, value: object) -> bytes:
     """A record with one field changed, and a checksum that is right again."""
-    record = bytearray(codec.encode(conditioning()))
+    record = bytearray(codec.encode(conditioning(), ROBOT))
     struct.pack_into(layout, record, offset, value)
-    struct.pack_into("<I", record, 28, zlib.crc32(record[32:]))
+    struct.pack_into("<I", record, 28, zlib.crc32(record[32:], zlib.crc32(b"robot")))
     return bytes(record)
 
 
@@ -62,28 +63,35 @@ def patched(offset: int, layout: str, value: object) -> bytes:
         (patched(32, "<f", float("nan")), "reference_actions: expected finite"),
         (patched(256, "<H", 0x7F80), "hidden_states: expected finite"),
         (patched(286, "<H", 0xFFFF), "utf-8"),
-        (codec.encode(conditioning()) + b"\0", "expected 313 bytes .* got 314"),
-        (codec.encode(conditioning())[:-1], "expected 313 bytes .* got 312"),
-        (codec.encode(conditioning())[:-1] + b"\0", "checksum"),
+        (codec.encode(conditioning(), ROBOT) + b"\0", "expected 313 bytes .* got 314"),
+        (codec.encode(conditioning(), ROBOT)[:-1], "expected 313 bytes .* got 312"),
+        (codec.encode(conditioning(), ROBOT)[:-1] + b"\0", "checksum"),
     ],
 )
 def test_what_it_does_not_know_is_refused(record: bytes, complaint: str) -> None:
     with pytest.raises(codec.RecordError, match=complaint):
-        codec.decode(record)
+        codec.decode(record, ROBOT)
+
+
+def test_a_record_of_another_session_is_refused() -> None:
+    record = codec.encode(conditioning(), "other")
+    with pytest.raises(codec.RecordError, match="another session's"):
+        codec.decode(record, ROBOT)
+    assert codec.decode(record, "other").version == Version(4, 9)
 
 
 @given(st.binary(max_size=400))
 def test_arbitrary_bytes_are_refused(record: bytes) -> None:
     with pytest.raises(codec.RecordError):
-        codec.decode(record)
+        codec.decode(record, ROBOT)
 
 
 @given(st.integers(0, 312), st.integers(1, 255))
 def test_one_changed_byte_is_refused_or_changes_the_version_alone(offset: int, flip: int) -> None:
-    record = bytearray(codec.encode(conditioning()))
+    record = bytearray(codec.encode(conditioning(), ROBOT))
     record[offset] ^= flip
     try:
-        received = codec.decode(bytes(record))
+        received = codec.decode(bytes(record), ROBOT)
     except codec.RecordError:
         return
     assert 8 <= offset < 16

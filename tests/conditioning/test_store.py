@@ -187,6 +187,31 @@ async def test_a_poisoned_record_is_refused_and_replaced(valkey: EmbeddedServer,
     assert await store.fetch("robot") is not None
 
 
+async def test_an_unreadable_record_is_dropped_so_that_the_session_s_own_can_follow(
+    valkey: EmbeddedServer, store: Store
+) -> None:
+    await store.put("other", conditioning(1, 9))
+    with redis.Redis.from_url(valkey.url) as intruder:
+        theirs = intruder.hget("robodual:other:conditioning", "record")
+        for record in (b"\x80\x04junk", theirs):
+            intruder.hset("robodual:robot:conditioning", mapping={"episode": 1, "step": 50, "record": record})
+            assert await store.put("robot", conditioning(1, 2)) == (False, Version(1, 50))
+            with pytest.raises(RecordError):
+                await store.fetch("robot")
+            assert await store.put("robot", conditioning(1, 2)) == (True, Version(1, 2))
+
+
+async def test_a_record_of_another_release_is_left_to_that_release(valkey: EmbeddedServer, store: Store) -> None:
+    await store.put("robot", conditioning(1, 2))
+    with redis.Redis.from_url(valkey.url) as client:
+        record = bytearray(client.hget("robodual:robot:conditioning", "record"))
+        record[4] += 1
+        client.hset("robodual:robot:conditioning", "record", bytes(record))
+        with pytest.raises(RecordError, match="format version"):
+            await store.fetch("robot")
+        assert client.exists("robodual:robot:conditioning")
+
+
 async def test_strangers_on_the_channel_are_ignored(valkey: EmbeddedServer, store: Store) -> None:
     announcements = store.subscribe()
     assert await anext(announcements) == Subscribed()

@@ -85,7 +85,7 @@ async def test_a_conditioning_past_its_age_is_looked_for_in_the_store_before_the
     await opened(replica, store)
     await drive(replica, range(1))
     with redis.Redis.from_url(await url_of(store)) as client:  # stored, its announcement not here yet
-        client.hset(KEY, mapping={"episode": 1, "step": 90, "record": codec.encode(conditioning(1, 90))})
+        client.hset(KEY, mapping={"episode": 1, "step": 90, "record": codec.encode(conditioning(1, 90), "robot")})
 
     answer = await replica.stub.Act(act("robot", 91), timeout=30)
 
@@ -127,6 +127,17 @@ async def test_an_episode_may_be_reset_until_its_first_action(replica: Replica, 
     await opened(replica, store, seed=2)
     (answer,) = await drive(replica, range(1))
     assert answer.recovery.seed == 2
+
+
+async def test_an_episode_that_one_client_has_begun_is_not_reset_by_another(replica: Replica, store: Store) -> None:
+    await opened(replica, store, client=1, seed=1)
+    await opened(replica, store, client=1, seed=1)
+    code, details = await status(replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=1, client=2)))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "another client has begun episode 1" in details
+    (answer,) = await drive(replica, range(1))
+    assert answer.recovery.seed == 1
+    await replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=2, client=2))
 
 
 async def test_an_unknown_session_is_not_found(replica: Replica) -> None:
@@ -175,7 +186,7 @@ async def test_a_lost_announcement_is_made_up_for_by_one_fetch(replica: Replica,
     await opened(replica, store)
     await drive(replica, range(1))
     with redis.Redis.from_url(url) as client:
-        client.hset(KEY, mapping={"episode": 1, "step": 1, "record": codec.encode(conditioning(1, 1))})
+        client.hset(KEY, mapping={"episode": 1, "step": 1, "record": codec.encode(conditioning(1, 1), "robot")})
     answer = await replica.stub.Act(act("robot", 1, min_conditioning=version(1, 1)), timeout=10)
     assert answer.conditioning == version(1, 1)
 
@@ -185,7 +196,7 @@ async def test_older_conditioning_after_newer_changes_nothing(replica: Replica, 
     await store.put("robot", conditioning(1, 7))
     await replica.stub.Act(act("robot", 7, min_conditioning=version(1, 7)), timeout=10)
     with redis.Redis.from_url(url) as client:  # past the store's own guard
-        client.hset(KEY, mapping={"episode": 1, "step": 3, "record": codec.encode(conditioning(1, 3))})
+        client.hset(KEY, mapping={"episode": 1, "step": 3, "record": codec.encode(conditioning(1, 3), "robot")})
         client.publish("robodual:conditioning", "robot 1 3")
         client.publish("robodual:conditioning", "robot 1 8")
     await asyncio.sleep(0.2)
@@ -287,7 +298,9 @@ async def test_what_was_written_while_the_subscription_was_down_is_fetched(speci
             client.execute_command("CLIENT", "PAUSE", 600, "ALL")
             with client.pipeline(transaction=False) as pipeline:
                 pipeline.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-                pipeline.hset(KEY, mapping={"episode": 1, "step": 1, "record": codec.encode(conditioning(1, 1))})
+                pipeline.hset(
+                    KEY, mapping={"episode": 1, "step": 1, "record": codec.encode(conditioning(1, 1), "robot")}
+                )
                 pipeline.execute()
         await asyncio.sleep(1.5)
         answer = await replica.stub.Act(act("robot", 1), timeout=10)
@@ -301,7 +314,7 @@ async def test_a_poisoned_record_is_refused_and_the_session_goes_on(replica: Rep
     await drive(replica, range(1))
     wide = Conditioning(1, 2, conditioning(1, 2).reference_actions, conditioning(1, 2).hidden_states.repeat(1, 2))
     with redis.Redis.from_url(url) as client:
-        for record in (b"\x80\x04junk", codec.encode(wide)):
+        for record in (b"\x80\x04junk", codec.encode(wide, "robot")):
             client.hset(KEY, mapping={"episode": 1, "step": 1, "record": record})
             client.publish("robodual:conditioning", "robot 1 1")
     await until(lambda: replica.server.metrics.refused_records._value.get() >= 1)
@@ -310,6 +323,24 @@ async def test_a_poisoned_record_is_refused_and_the_session_goes_on(replica: Rep
     await store.put("robot", conditioning(1, 3))
     answer = await replica.stub.Act(act("robot", 3, min_conditioning=version(1, 3)), timeout=10)
     assert answer.conditioning == version(1, 3)
+
+
+async def test_whoever_waits_is_told_at_once_that_the_record_cannot_be_read(
+    replica: Replica, store: Store, url: str
+) -> None:
+    await opened(replica, store)
+    await drive(replica, range(2))
+    with redis.Redis.from_url(url) as client:
+        client.hset(KEY, mapping={"episode": 1, "step": 50, "record": codec.encode(conditioning(1, 50), "other")})
+    assert not (await store.put("robot", conditioning(1, 2)))[0]
+    request = act("robot", 2, min_conditioning=version(1, 2))
+    began = asyncio.get_running_loop().time()
+    code, details = await status(replica.stub.Act(request, timeout=30))
+    assert asyncio.get_running_loop().time() - began < 5
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "could not be read" in details
+    assert (await store.put("robot", conditioning(1, 2)))[0]
+    assert (await replica.stub.Act(request, timeout=30)).conditioning == version(1, 2)
 
 
 async def test_a_stream_answers_in_order_and_like_single_calls(replica: Replica, store: Store) -> None:

@@ -142,6 +142,14 @@ def test_pictures_with_what_cameras_write_into_them_are_decoded(kind: str) -> No
     assert decode_image(picture, field="image").shape == (1000, 1000, 3)
 
 
+def test_a_png_with_a_damaged_part_is_refused() -> None:
+    picture = encoded("PNG")
+    empty = chunk(b"iCCP")
+    picture.data = picture.data[:-12] + empty + picture.data[-12:]
+    with pytest.raises(ValueError, match=r"image\.data: the PNG is damaged"):
+        decode_image(picture, field="image")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.5, 0.95])
 def test_a_picture_cut_short_is_refused(kind: str, share: float) -> None:

@@ -5,7 +5,7 @@
     4       2     format version, 2
     6       2     element type of the hidden states: 3, bfloat16 (numbered as in `robodual.v1.DType`)
     8       20    episode, step, L, width, T: uint32 each
-    28      4     CRC-32 of everything after this header
+    28      4     CRC-32 of the session's name and everything after this header
     32      224   reference actions: float32 [8, 7]
     256     2Lw   hidden states: bfloat16 [L, width]
             T     instruction: UTF-8
@@ -32,25 +32,30 @@ _MAX_TEXT = 4 * MAX_INSTRUCTION
 
 
 class RecordError(ValueError):
-    """A conditioning record that this version of the software does not know or that was damaged."""
+    """A conditioning record that was damaged, is no record at all, or is another session's."""
 
 
-def encode(conditioning: Conditioning) -> bytes:
-    """The record of `conditioning`."""
+class UnknownFormat(RecordError):
+    """A conditioning record of a format that this version of the software does not know."""
+
+
+def encode(conditioning: Conditioning, session: str) -> bytes:
+    """The record of `conditioning`, for `session` alone."""
     length, width = conditioning.hidden_states.shape
     actions = conditioning.reference_actions.astype("<f4", copy=False).tobytes()
     states = conditioning.hidden_states.contiguous().view(torch.uint16).numpy().astype("<u2", copy=False).data
     text = conditioning.instruction.encode()
-    checksum = zlib.crc32(text, zlib.crc32(states, zlib.crc32(actions)))
+    checksum = zlib.crc32(text, zlib.crc32(states, zlib.crc32(actions, zlib.crc32(session.encode()))))
     header = _HEADER.pack(MAGIC, FORMAT, BFLOAT16, *conditioning.version, length, width, len(text), checksum)
     return b"".join((header, actions, states, text))
 
 
-def decode(record: bytes) -> Conditioning:
-    """The conditioning in `record`. Every size is checked before memory is taken for it.
+def decode(record: bytes, session: str) -> Conditioning:
+    """The conditioning in `record`, which was made for `session`. Every size is checked before memory is taken for it.
 
-    Raises `RecordError` for another magic, format version or element type, for sizes over the limits or other than
-    the record's own, for a wrong checksum, for values that are not finite and for a text that is not UTF-8.
+    Raises `UnknownFormat` for another format version or element type; `RecordError` for another magic, for sizes over
+    the limits or other than the record's own, for a wrong checksum, for values that are not finite and for a text that
+    is not UTF-8.
     """
     if len(record) < _HEADER.size:
         raise RecordError(f"conditioning record: expected at least {_HEADER.size} bytes, got {len(record)}")
@@ -58,12 +63,12 @@ def decode(record: bytes) -> Conditioning:
     if magic != MAGIC:
         raise RecordError(f"conditioning record: expected magic {MAGIC!r}, got {magic!r}")
     if version != FORMAT:
-        raise RecordError(
+        raise UnknownFormat(
             f"conditioning record: expected format version {FORMAT}, got {version}; "
             "run the same release of both services"
         )
     if dtype != BFLOAT16:
-        raise RecordError(f"conditioning record: expected element type {BFLOAT16} (bfloat16), got {dtype}")
+        raise UnknownFormat(f"conditioning record: expected element type {BFLOAT16} (bfloat16), got {dtype}")
     try:
         check_size(length, width)
     except ValueError as error:
@@ -77,8 +82,11 @@ def decode(record: bytes) -> Conditioning:
             f"conditioning record: expected {expected} bytes for hidden states [{length}, {width}] "
             f"and {text_bytes} bytes of instruction, got {len(record)}"
         )
-    if zlib.crc32(memoryview(record)[_HEADER.size :]) != checksum:
-        raise RecordError("conditioning record: the checksum does not match; the record was damaged")
+    if zlib.crc32(memoryview(record)[_HEADER.size :], zlib.crc32(session.encode())) != checksum:
+        raise RecordError(
+            f"conditioning record: the checksum is not that of a record of session {session}; "
+            "the record was damaged, or is another session's"
+        )
     actions = np.frombuffer(record, "<f4", CHUNK[0] * CHUNK[1], _HEADER.size).astype(np.float32).reshape(CHUNK)
     states = torch.empty((length, width), dtype=torch.bfloat16)
     bits = np.frombuffer(record, "<u2", length * width, _HEADER.size + _ACTION_BYTES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +89,19 @@ return redis.call('DEL', KEYS[1])
 """
 )
 
+# KEYS: the session's key. ARGV: the SHA-1 of a record that cannot be read, TTL in milliseconds. Drops that record and
+# no other; the session stays its owner's.
+_DROP_UNREADABLE = """
+local record, owner = unpack(redis.call('HMGET', KEYS[1], 'record', 'owner'))
+if record and redis.sha1hex(record) == ARGV[1] then
+    redis.call('DEL', KEYS[1])
+    if owner and owner ~= '' then
+        redis.call('HSET', KEYS[1], 'owner', owner)
+        redis.call('PEXPIRE', KEYS[1], ARGV[2])
+    end
+end
+"""
+
 
 class StoreUnavailable(Exception):
     """The store did not answer in time, or answered with an error; the message says which."""
@@ -149,25 +164,38 @@ class Store:
         self._put = self._redis.register_script(_PUT)
         self._drop_before = self._redis.register_script(_DROP_BEFORE)
         self._delete = self._redis.register_script(_DELETE)
+        self._drop_unreadable = self._redis.register_script(_DROP_UNREADABLE)
 
     async def put(self, session: str, conditioning: Conditioning, owner: str = "") -> tuple[bool, Version]:
         """Stores and announces `conditioning` unless the store holds its version or a newer one, in one atomic step.
 
         Returns whether it was stored, and the newest version in the store after the call.
         """
-        record = codec.encode(conditioning)
+        record = codec.encode(conditioning, session)
         arguments = (session, owner, *conditioning.version, record, self._milliseconds, CHANNEL)
         stored, episode, step = await self._ask(self._put(keys=[_key(session)], args=arguments))
         return _own(stored), Version(episode, step)
 
     async def fetch(self, session: str, owner: str = "") -> Conditioning | None:
-        """The session's latest conditioning, or None. Raises `RecordError` for a record that cannot be read."""
+        """The session's latest conditioning, or None.
+
+        Raises `RecordError` for a record that cannot be read, after dropping it: under the version that stands beside
+        it, it would keep the session's own conditionings out. One of another release's format is left to that release.
+        """
         record, held = await self._ask(self._redis.hmget(_key(session), "record", "owner"))
         if held and owner and held != owner.encode():
             raise ForeignSession(FOREIGN)
         if record is None:
             return None
-        return await asyncio.to_thread(codec.decode, record)
+        try:
+            return await asyncio.to_thread(codec.decode, record, session)
+        except codec.UnknownFormat:
+            raise
+        except codec.RecordError:
+            with contextlib.suppress(StoreUnavailable):  # may not write, or is gone: then another reader drops it
+                digest = hashlib.sha1(record, usedforsecurity=False).hexdigest()
+                await self._ask(self._drop_unreadable(keys=[_key(session)], args=[digest, self._milliseconds]))
+            raise
 
     async def delete(self, session: str, owner: str = "") -> bool:
         """Drops all of the session; returns whether there was anything."""

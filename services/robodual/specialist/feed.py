@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 import torch
 
+from robodual.conditioning.codec import RecordError
 from robodual.conditioning.store import Announced, ForeignSession, Interrupted, Store, StoreUnavailable
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
@@ -62,26 +63,30 @@ class Feed:
             self._tasks.add(task)
             task.add_done_callback(self._ended)
 
-    async def refresh(self, session: Session) -> None:
-        """Fetches and projects the session's latest conditioning. A store or a record that fails is logged."""
+    async def refresh(self, session: Session) -> bool:
+        """Fetches and projects the session's latest conditioning. A store or a record that fails is logged.
+
+        Returns whether the store answered: then what it holds is here, or of no use.
+        """
         async with session.fetching:
             started = time.perf_counter()
             try:
                 conditioning = await self._store.fetch(session.identity, session.owner)
                 if conditioning is None or conditioning.version <= max(session.newest, (session.episode, -1)):
-                    return
+                    return True
             except StoreUnavailable as error:
                 logger.warning("conditioning not fetched", session=session.identity, reason=str(error))
-                return
+                return False
             except ForeignSession:
                 # The store knows who came first at any replica; whoever came first at this one has no right to it.
                 logger.warning("session closed: in the store it is another's", session=session.identity)
                 if self._sessions.find(session.identity) is session:
                     self._sessions.drop(session.identity)
-                return
-            except ValueError as error:
+                return True
+            except RecordError as error:
                 self._refuse(session, str(error))
-                return
+                session.spoil()
+                return True
             fetched = time.perf_counter()
             self._metrics.stage("fetch").observe(fetched - started)
             try:
@@ -94,6 +99,7 @@ class Feed:
                 self._metrics.stage("project").observe(took - (fetched - started))
                 told = (conditioning.reference_actions, conditioning.instruction)
                 session.keep(Conditioned(conditioning.version, projected, *told, took))
+            return True
 
     async def close(self) -> None:
         """Ends the fetches that are under way."""

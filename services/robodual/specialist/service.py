@@ -17,7 +17,6 @@ import torch
 from robodual.conditioning.record import Version
 from robodual.conditioning.store import Store, Tls
 from robodual.facts import together
-from robodual.profiles import shipped
 from robodual.serving import auth, fields, server
 from robodual.serving.batching import Batcher
 from robodual.serving.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
@@ -30,7 +29,8 @@ from robodual.serving.settings import SpecialistSettings
 from robodual.serving.timings import Timings
 from robodual.specialist import observation
 from robodual.specialist.control import ControlLoop, noise, reference_actions
-from robodual.specialist.engine import Answer, Frame, Projected, Request, SpecialistEngine, load_specialist
+from robodual.specialist.engine import Answer, Frame, Projected, Request, SpecialistEngine
+from robodual.specialist.engines import load, warm_up
 from robodual.specialist.feed import Feed
 from robodual.specialist.operator.observers import Observers
 from robodual.specialist.operator.pages import events, files
@@ -42,8 +42,6 @@ logger = structlog.get_logger(__name__)
 
 PATIENCE = 0.05  # seconds that an announcement gets before the store is asked directly
 MARGIN = 0.02  # seconds before a caller's deadline at which waiting ends, so that the reason still reaches it
-SENSOR_FLAGS = ("with_depth", "with_gripper", "with_tactile")
-CONTEXT = 96  # tokens of a usual conditioning: the prompt's and 63
 DRAINING = "the service is shutting down; go on with another replica"
 
 
@@ -107,7 +105,12 @@ class SpecialistService:
                 raise FailedPrecondition(f"episode: the session is at episode {episode}, after {request.episode}")
             if request.episode == episode and step >= 0:
                 raise FailedPrecondition(f"episode: {episode} has begun already; reset to a later one")
+            if request.episode == episode and session.client not in (0, request.client):
+                raise FailedPrecondition(
+                    f"session_id: another client has begun episode {episode} of {identity}; take another name"
+                )
             session.begin(request.episode, request.seed, window)
+            session.client = request.client
         # Its conditioning may be there already, announced before the session was open.
         self._feed.look(session)
         return wire.ResetResponse()
@@ -140,10 +143,11 @@ class SpecialistService:
         async with session.lock:
             if self._sessions.find(identity) is not session:
                 raise NotFound(f"session_id: {identity} was closed")
+            looked = False
             if resumption is not None and (resumption.episode, resumption.step) > session.progress:
                 r = resumption
                 session.resume(r.episode, r.seed, r.window, r.control, r.previous)
-                await self._feed.refresh(session)
+                looked = await self._feed.refresh(session)
                 self._metrics.resumed.inc()
                 logger.info("resumed", after=r.step)
             if session.answer is not None and session.progress == (request.episode, request.step):
@@ -151,7 +155,7 @@ class SpecialistService:
             self._check_order(session, request)
             frame = await observation.frame(request, self._sensors)
             timings.lap("decode")
-            conditioned = await self._conditioning(session, request, deadline)
+            conditioned = await self._conditioning(session, request, deadline, looked)
             timings.lap("wait")
             return await self._answer(session, request.step, frame, conditioned, deadline, timings)
 
@@ -223,8 +227,13 @@ class SpecialistService:
         if request.step <= step:
             raise FailedPrecondition(f"step: the session is at step {step}; {request.step} is not after it")
 
-    async def _conditioning(self, session: Session, request: wire.ActRequest, deadline: float | None) -> Conditioned:
-        """The conditioning for this step: new enough, or what there is to say about it."""
+    async def _conditioning(
+        self, session: Session, request: wire.ActRequest, deadline: float | None, looked: bool
+    ) -> Conditioned:
+        """The conditioning for this step: new enough, or what there is to say about it.
+
+        `looked`: the store has just been asked for a session that was served elsewhere, so that what it lacks is lost.
+        """
         step = request.step
         least = Version(request.min_conditioning.episode, request.min_conditioning.step)
         if least > (request.episode, step):
@@ -233,6 +242,12 @@ class SpecialistService:
         found = session.usable(step)
         if request.HasField("min_conditioning"):
             if found is None or found.version < least:
+                if looked:
+                    self._check_refused(session, least)
+                    raise FailedPrecondition(
+                        f"min_conditioning: the store holds no conditioning from {tuple(least)} on any more; "
+                        "ask the generalist for it again"
+                    )
                 found = await self._await_conditioning(session, step, least, deadline)
         elif found is None or step - found.version.step > most:
             # Its announcement may be on its way still.
@@ -264,11 +279,16 @@ class SpecialistService:
         if deadline is not None:
             limit = min(limit, deadline - MARGIN)
         asked = False
+        spoiled = session.spoiled
         while True:
             found = session.usable(step)
             if found is not None and found.version >= least:
                 return found
             self._check_refused(session, least)
+            if session.spoiled > spoiled:
+                raise FailedPrecondition(
+                    "the conditioning in the store could not be read, the log says why: ask the generalist for it again"
+                )
             left = limit - self._loop.time()
             if left <= 0:
                 raise DeadlineExceeded(
@@ -309,12 +329,12 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
         await endpoints.start()
         cleanup.push_async_callback(endpoints.stop)
         cleanup.callback(observers.close)
-        models = engines or await asyncio.to_thread(_load, settings)
+        models = engines or await asyncio.to_thread(load, settings)
         batchers = []
         for model in models:
             batcher = Batcher(model.act, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
             cleanup.push_async_callback(batcher.close)
-            await batcher.call(_warm_up, model, settings.max_batch)
+            await batcher.call(warm_up, model, settings.max_batch)
             batchers.append(batcher)
         readiness.meet("model")
 
@@ -348,42 +368,6 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
 def run(settings: SpecialistSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Blocks, in an event loop of its own."""
     server.run(settings, serving(settings))
-
-
-def _load(settings: SpecialistSettings) -> tuple[SpecialistEngine, ...]:
-    return tuple(
-        load_specialist(
-            settings.profile,
-            checkpoint=settings.checkpoint or shipped(settings.profile, "specialist"),
-            device=device,
-            dtype=settings.dtype,
-            seed=settings.seed,
-            strategy=settings.image_strategy,
-            sensors={name: value for name in SENSOR_FLAGS if (value := getattr(settings, name)) is not None},
-            diffusion_steps=settings.diffusion_steps,
-            guidance_scale=settings.guidance_scale,
-        )
-        for device in settings.places
-    )
-
-
-def _warm_up(model: SpecialistEngine, max_batch: int) -> None:
-    """One step of each kind that will come: with the previous frame's features, and without; for a model that captures
-    its steps, batches of all sizes."""
-    frame = Frame(
-        rgb_static=np.zeros((200, 200, 3), np.uint8),
-        rgb_gripper=np.zeros((84, 84, 3), np.uint8),
-        depth_static=np.zeros((200, 200), np.float32),
-        depth_gripper=np.zeros((84, 84), np.float32),
-        rgb_tactile=np.zeros(observation.TACTILE, np.uint8),
-        proprio=np.zeros(7, np.float32),
-    )
-    context = model.project(torch.zeros((CONTEXT, model.width), dtype=torch.bfloat16))
-    chunk = np.zeros((8, 7), np.float32)
-    first = Request(frame, None, context, chunk, chunk)
-    following = Request(frame, model.act([first])[0].features, context, chunk, chunk)
-    for size in range(1, (max_batch if model.captures else 1) + 1):
-        model.act([following] * size)
 
 
 async def _expire(sessions: Sessions, ttl: float) -> None:

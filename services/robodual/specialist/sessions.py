@@ -68,6 +68,8 @@ class Session:
         self.refused: Refused | None = None  # the newest, if a conditioning was
         self.traced = NEVER  # the latest conditioning that is in a trace
         self.trace: Trace | None = None  # of its steps, while somebody looks
+        self.spoiled = 0  # records in the store that could not be read
+        self.client = 0  # who began the episode; 0: it did not say
         self._kept: list[Conditioned] = []
 
     @property
@@ -107,6 +109,11 @@ class Session:
     def refuse(self, refused: Refused) -> None:
         """Notes that a conditioning cannot be used, and tells whoever waits for it."""
         self.refused = refused
+        self.arrived.set()
+
+    def spoil(self) -> None:
+        """Notes that the store's record could not be read, and tells whoever waits for one."""
+        self.spoiled += 1
         self.arrived.set()
 
     def usable(self, step: int) -> Conditioned | None:

@@ -1,0 +1,237 @@
+"""Sessions through the real pair for as long as asked: no error, and memory, file descriptors and latency stay flat.
+
+    python -m benchmarks.soak --minutes 30 --sessions 8 --json soak.json
+
+Each session steps as fast as it is answered: episode after episode, every few of them with a new client under a new
+name. Steps are timed as a robot sees them, the waits for the generalist included. Exits with 1 if anything moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+from benchmarks import measurement
+
+from robodual.pair import Options, Pair
+from robodual.profiles import PROFILES
+from robodual_client import DualSystemClient
+
+PACKAGES = ("torch", "numpy", "grpcio", "redis", "robodual", "robodual-client")
+STEPS = 48  # an episode
+EPISODES = 4  # a client
+GROWTH = 1.02  # of memory and of file descriptors, after the warm-up
+SLACK = 1.0  # MiB that no growth is seen in: a small process moves by single allocations
+MOST = 2000  # steps a second, of all sessions, that there is room to note
+PROCESSES = ("generalist", "specialist", "redis", "client")
+
+
+class Record:
+    """What the sessions and the sampler see, in memory that is taken at the beginning: it must not look like a leak."""
+
+    def __init__(self, seconds: float) -> None:
+        self.began = time.monotonic()
+        self.errors: list[str] = []
+        self.steps = np.full((int(seconds * MOST), 2), np.nan)  # when each was answered, and after how long
+        self.looks = {name: np.full((int(seconds) + 60, 3), np.nan) for name in PROCESSES}  # when, bytes, descriptors
+        self._counts = {name: itertools.count() for name in ("steps", *PROCESSES)}
+
+    def now(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.began
+
+    def answered(self, seconds: float) -> None:
+        self.steps[next(self._counts["steps"])] = self.now(), seconds
+
+    def looked(self, name: str, process: psutil.Process) -> None:
+        look = self.now(), process.memory_info().rss, process.num_fds()
+        self.looks[name][next(self._counts[name])] = look
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stretch of the run; memory in MiB, by process."""
+
+    until: float
+    steps: int
+    rate: float
+    median: float
+    p99: float
+    longest: float
+    errors: int
+    memory: dict[str, float]
+    descriptors: dict[str, float]
+
+
+def observation(seed: int) -> dict[str, Any]:
+    """CALVIN's observation dict, of noise; what is in a picture changes no time."""
+    draw = np.random.default_rng(seed)
+    return {
+        "rgb_obs": {
+            "rgb_static": draw.integers(0, 256, (200, 200, 3), np.uint8),
+            "rgb_gripper": draw.integers(0, 256, (84, 84, 3), np.uint8),
+            "rgb_tactile": draw.integers(0, 256, (160, 120, 6), np.uint8),
+        },
+        "depth_obs": {
+            "depth_static": draw.uniform(3.5, 6.2, (200, 200)).astype(np.float32),
+            "depth_gripper": draw.uniform(0, 2, (84, 84)).astype(np.float32),
+        },
+        "robot_obs": np.concatenate([draw.uniform(-1, 1, 14), [1.0]]),
+    }
+
+
+def drive(addresses: dict[str, str], seed: int, record: Record, over: threading.Event) -> None:
+    """One session after another until it is over; what goes wrong is noted, and the next one begins."""
+    seen = itertools.cycle([observation(100 * seed + number) for number in range(8)])
+    while not over.is_set():
+        try:
+            with DualSystemClient(**addresses, seed=seed) as client:
+                for _ in range(EPISODES):
+                    client.reset("move the door all the way to the left")
+                    for _ in range(STEPS):
+                        if over.is_set():
+                            return
+                        start = time.monotonic()
+                        client.step(next(seen))
+                        record.answered(time.monotonic() - start)
+                        if client.last is not None and client.last.failures:
+                            record.errors.append(f"step {client.last.step} took {client.last.failures} attempts more")
+        except Exception as error:  # whatever it is, it is noted, and the session goes on
+            record.errors.append(f"{type(error).__name__}: {error}")
+            time.sleep(0.1)
+
+
+def watch(record: Record, over: threading.Event) -> None:
+    """Looks at each process once a second."""
+    processes = {"client": psutil.Process()}
+    for child in processes["client"].children(recursive=True):
+        command = " ".join(child.cmdline())
+        name = next((name for name in ("generalist", "specialist") if f"serve {name}" in command), "redis")
+        processes[name] = child
+    while not over.wait(1.0):
+        for name, process in processes.items():
+            record.looked(name, process)
+
+
+def row(record: Record, since: float, until: float) -> Row:
+    """The stretch from `since` to `until`, in seconds."""
+    times = _within(record.steps, since, until)[:, 1] * 1e3
+    looks = {name: _within(table, since, until) for name, table in record.looks.items()}
+    median, p99, longest = np.percentile(times, (50, 99, 100)).tolist() if len(times) else [float("nan")] * 3
+    return Row(
+        until,
+        len(times),
+        len(times) / (until - since),
+        median,
+        p99,
+        longest,
+        len(record.errors),
+        {name: float(np.median(look[:, 1])) / 2**20 for name, look in looks.items()},
+        {name: float(np.median(look[:, 2])) for name, look in looks.items()},
+    )
+
+
+def complaints(record: Record, warm: float, flat: float) -> list[str]:
+    """What moved after `warm` seconds: the first fifth of what follows against the last, for p99 the two halves."""
+    end = record.now()
+    fifth, half = (end - warm) / 5, (end - warm) / 2
+    first, last = row(record, warm, warm + fifth), row(record, end - fifth, end)
+    found = [f"{len(record.errors)} errors, the first: {record.errors[0]}"] if record.errors else []
+    for name, before in first.memory.items():
+        after = last.memory[name]
+        if after > max(before * GROWTH, before + SLACK):
+            found.append(f"memory of {name}: {before:.1f} MiB, then {after:.1f}")
+    for name, before in first.descriptors.items():
+        after = last.descriptors[name]
+        if after > before * GROWTH:
+            found.append(f"file descriptors of {name}: {before:g}, then {after:g}")
+    before, after = (row(record, since, since + half).p99 for since in (warm, end - half))
+    if not after <= before * flat:
+        found.append(f"p99: {before:.1f} ms, then {after:.1f} ms")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the soak; returns 1 if there was an error or something moved."""
+    parser = argparse.ArgumentParser(prog="benchmarks.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--sessions", type=int, default=8)
+    parser.add_argument("--profile", default="playtable", choices=sorted(PROFILES))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--warm-up", type=float, help="seconds that nothing is held against; a tenth, 30 at least")
+    parser.add_argument("--every", type=float, default=60, help="seconds for a row of the table")
+    parser.add_argument("--flat", type=float, default=1.2, help="how far p99 may rise, as a ratio")
+    parser.add_argument("--json", type=Path, help="where to write the record")
+    options = parser.parse_args(argv)
+    duration = 60 * options.minutes
+    warm = options.warm_up if options.warm_up is not None else max(30.0, duration / 10)
+    if duration < 2 * warm:
+        parser.error(f"--minutes: {duration:g} s are too few for a warm-up of {warm:g} s; give twice as many at least")
+
+    rows: list[Row] = []
+    with Pair(Options(profile=options.profile, device=options.device)) as pair:
+        record, over = Record(duration), threading.Event()
+        threads = [
+            threading.Thread(target=drive, args=(pair.addresses, seed, record, over))
+            for seed in range(options.sessions)
+        ]
+        threads.append(threading.Thread(target=watch, args=(record, over)))
+        for thread in threads:
+            thread.start()
+        try:
+            print(_HEADS)
+            while (since := record.now()) < duration:
+                time.sleep(min(options.every, duration - since))
+                pair.check()
+                rows.append(row(record, since, record.now()))
+                print(_line(rows[-1]), flush=True)
+            found = complaints(record, warm, options.flat)
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+
+    for complaint in found:
+        print(f"not steady: {complaint}", file=sys.stderr)
+    if not found:
+        print(f"steady: {sum(each.steps for each in rows)} steps, no error, nothing moved after the first {warm:g} s")
+    if options.json:
+        facts = {"minutes": options.minutes, "sessions": options.sessions, "profile": options.profile, "warm_up": warm}
+        written = {"benchmark": "soak", "rows": [asdict(each) for each in rows], "complaints": found, **facts}
+        written["machine"] = measurement.machine(PACKAGES)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(written, indent=2) + "\n")
+    return 1 if found else 0
+
+
+_HEADS = (
+    f"{'minute':>6}  {'steps':>7}  {'per s':>6}  {'median ms':>9}  {'p99 ms':>8}  {'longest ms':>10}  {'errors':>6}  "
+    f"memory in MiB / descriptors of {', '.join(PROCESSES)}"
+)
+
+
+def _line(at: Row) -> str:
+    processes = "  ".join(f"{at.memory[name]:7.1f}/{at.descriptors[name]:<3g}" for name in PROCESSES)
+    return (
+        f"{at.until / 60:6.1f}  {at.steps:7}  {at.rate:6.1f}  {at.median:9.2f}  {at.p99:8.2f}  {at.longest:10.1f}  "
+        f"{at.errors:6}  {processes}"
+    )
+
+
+def _within(table: npt.NDArray[np.float64], since: float, until: float) -> npt.NDArray[np.float64]:
+    return table[(since <= table[:, 0]) & (table[:, 0] < until)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
