@@ -19,7 +19,7 @@ from proxy import Proxy
 
 from robodual.conditioning.valkey import EmbeddedServer
 
-START = 120.0  # seconds that a service gets until it is ready
+START = 240.0  # seconds that a service gets until it is ready
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "ROBODUAL_PROFILE": "toy",

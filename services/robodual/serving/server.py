@@ -223,5 +223,6 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        # Clients look whether a silent call is alive every ten seconds.
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ]
