@@ -166,6 +166,18 @@ async def test_a_session_belongs_to_who_comes_first_until_it_ends(valkey: Embedd
     await store.close()
 
 
+async def test_a_session_whose_record_cannot_be_read_stays_its_owners(valkey: EmbeddedServer, store: Store) -> None:
+    await store.put("robot", conditioning(1, 1), "alice")
+    with redis.Redis.from_url(valkey.url) as intruder:
+        intruder.hset("robodual:robot:conditioning", mapping={"step": 50, "record": b"junk"})
+        with pytest.raises(RecordError):
+            await store.fetch("robot", "alice")
+        assert 0 < intruder.pttl("robodual:robot:conditioning") <= 600_000  # type: ignore[operator]
+    with pytest.raises(ForeignSession):
+        await store.put("robot", conditioning(1, 60), "bob")
+    assert await store.put("robot", conditioning(1, 2), "alice") == (True, Version(1, 2))
+
+
 async def test_every_record_expires(valkey: EmbeddedServer) -> None:
     store = Store(valkey.url, ttl=0.1)
     await store.put("robot", conditioning(1, 1))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,22 +12,9 @@ import pytest
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("client", "services")]
 
 from deployment import Deployment
+from recovery import Report, Row
 from robots import Robot, Undisturbed, recovered
 
-
-@dataclass(frozen=True)
-class Row:
-    """One scenario: what went away and for how long, how long after it was back everybody had an answer."""
-
-    scenario: str
-    away: float
-    recovered: float
-    longest: float
-    answers: int
-    errors: int
-
-
-Report = Callable[..., None]
 ROWS = pytest.StashKey[list[Row]]()
 
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import grpc
 import numpy as np
 import pytest
-from conftest import Report
 from deployment import Deployment, until
+from recovery import Report
 from replicas import act, action, frame, version
 from robots import STEPS, Robot, Undisturbed
 

@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 
 import numpy as np
-from conftest import Report
 from deployment import Deployment
+from recovery import Report
 from robots import TIMEOUTS, Robot, Undisturbed
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from conftest import Report
 from deployment import Deployment
 from proxy import Proxy
+from recovery import Report
 from robots import TIMEOUTS, Robot, Undisturbed
 
 

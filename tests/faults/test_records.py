@@ -6,8 +6,8 @@ import time
 
 import grpc
 import redis
-from conftest import Report
 from deployment import Deployment
+from recovery import Report
 from replicas import conditioning, frame
 from robots import Robot, Undisturbed
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import grpc
-from conftest import Report
 from deployment import Deployment, until
+from recovery import Report
 from replicas import act, frame, version
 from robots import Robot, Undisturbed
 

@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 
 import redis
-from conftest import Report
 from deployment import Deployment, until
+from recovery import Report
 from robots import TIMEOUTS, Robot, Undisturbed
 
 
