@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes what the containers must know and nobody else: a token, Redis' password and certificate, Grafana's password.
+# Makes what the containers must know and nobody else: a token of the name robots, Redis' password and certificate, Grafana's password.
 #   sh deploy/secrets.sh [FOLDER]        the default, deploy/secrets, is what docker-compose.yml mounts; git ignores it
 # Files are readable in the containers; the folder is closed to other users of this machine.
 set -eu
@@ -14,6 +14,7 @@ token=$(openssl rand -hex 32)
 password=$(openssl rand -hex 32)
 digest=$(printf %s "$password" | openssl dgst -sha256 -r | cut -d ' ' -f 1)
 printf %s "$token" > token
+echo "robots:$token" > tokens
 openssl rand -hex 16 > grafana_password
 
 curve="-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
@@ -28,7 +29,7 @@ rm redis.csr redis.ext
 cat > robodual.toml << TOML
 [shared]
 redis_url = "rediss://robodual:$password@redis:6379/0?ssl_ca_certs=/run/secrets/ca.pem"
-tokens = ["$token"]
+tokens_file = "/run/secrets/tokens"
 TOML
 
 cat > redis.conf << CONF
@@ -47,6 +48,6 @@ user health on nopass -@all +ping
 user robodual on #$digest resetchannels -@all ~robodual:* &robodual:* \
 +ping +subscribe +unsubscribe +publish +evalsha +script|load +hget +hmget +hset +hsetnx +del +pexpire
 CONF
-chmod 644 token grafana_password ca.pem redis.pem redis.key redis.conf robodual.toml
+chmod 644 token tokens grafana_password ca.pem redis.pem redis.key redis.conf robodual.toml
 chmod 600 ca.key ./*.srl 2> /dev/null || true
-echo "$folder: token, robodual.toml, redis.conf, certificates and grafana_password are made"
+echo "$folder: token, tokens, robodual.toml, redis.conf, certificates and grafana_password are made"

@@ -21,6 +21,7 @@ from redis.exceptions import NoPermissionError
 from robodual.conditioning.record import Conditioning
 from robodual.conditioning.store import Announced, Store, StoreUnavailable, Subscribed
 from robodual.conditioning.valkey import find_server
+from robodual.serving.auth import Authenticator
 from robodual.serving.settings import SpecialistSettings
 
 yaml = pytest.importorskip("yaml", reason="needs PyYAML, which the extra dev brings")
@@ -108,7 +109,11 @@ def url(folder: Path, port: int) -> str:
         .replace("@redis:6379", f"@127.0.0.1:{port}")
     )
     settings = SpecialistSettings(config=configuration, host="0.0.0.0")
-    assert [token.get_secret_value() for token in settings.tokens] == [(folder / "token").read_text()]
+    token = (folder / "token").read_text()
+    caller = Authenticator(settings.tokens, file=settings.tokens_file).caller(f"Bearer {token}")
+    assert caller is not None
+    assert caller.owner == "robots"
+    assert token not in configuration.read_text()
     return settings.redis_url.get_secret_value()
 
 
