@@ -198,6 +198,15 @@ def test_conditioning_that_never_arrives_is_reported(make, generalist, specialis
             client.step(obs)
 
 
+def test_a_client_that_was_refused_closes_nothing_of_the_session_s_owner(make, generalist, specialist):
+    with make(generalist.address, specialist.address, session="robot") as client:
+        specialist.fail("Reset", (grpc.StatusCode.FAILED_PRECONDITION, "episode: 1 has begun already"))
+        with pytest.raises(SessionConflict):
+            client.reset("open the drawer")
+    assert not generalist.requests("Close")
+    assert not specialist.requests("Close")
+
+
 def test_close_does_not_wait_for_services_that_are_gone(make, generalist, specialist, obs):
     with make(generalist.address, specialist.address) as client:
         client.reset("open the drawer")

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from inputs import BLOBS, NUMBERS, damaged, inputs, spoiled
+from inputs import DAMAGE, NUMBERS, SPOILING, damaged, inputs, spoiled
 from PIL import Image
 
 from robodual.conditioning import codec
@@ -94,10 +94,11 @@ def test_every_array_comes_back_as_it_was(array: np.ndarray) -> None:
 
 
 @inputs(0.05)
-@given(st.one_of(BLOBS, damaged(tensors.encode(np.arange(56, dtype=np.float32).reshape(8, 7)).SerializeToString())))
-def test_bytes_that_may_be_a_tensor_are_read_or_refused(bounded_memory: None, data: bytes) -> None:
+@given(DAMAGE)
+def test_bytes_that_may_be_a_tensor_are_read_or_refused(bounded_memory: None, damage: list) -> None:
+    valid = tensors.encode(np.arange(56, dtype=np.float32).reshape(8, 7)).SerializeToString()
     try:
-        tensor = wire.Tensor.FromString(data)
+        tensor = wire.Tensor.FromString(damaged(valid, damage))
         array = tensors.decode(tensor, field="here", dtype=np.float32, shape=(None, 7))
     except DecodeError:
         return
@@ -136,15 +137,18 @@ def rebuilt_png(draw: st.DrawFn) -> wire.Image:
     return wire.Image(encoding=wire.IMAGE_ENCODING_PNG, height=16, width=20, data=data[:at] + parts + data[at:])
 
 
-@st.composite
-def damaged_picture(draw: st.DrawFn) -> wire.Image:
+def damaged_picture(kind: str, damage: list) -> wire.Image:
     image = wire.Image()
-    image.CopyFrom(PICTURES[draw(st.sampled_from(list(KINDS)))])
-    image.data = draw(damaged(image.data))
+    image.CopyFrom(PICTURES[kind])
+    image.data = damaged(image.data, damage)
     return image
 
 
-pictures = st.one_of(damaged_picture(), rebuilt_png(), spoiled(RAW), *map(spoiled, PICTURES.values()))
+pictures = st.one_of(
+    st.builds(damaged_picture, st.sampled_from(list(KINDS)), DAMAGE),
+    rebuilt_png(),
+    st.builds(spoiled, st.sampled_from([RAW, *PICTURES.values()]), SPOILING),
+)
 
 
 @inputs(0.15)
@@ -192,8 +196,11 @@ def sealed(record: bytes) -> bytes:
 
 
 @inputs(0.15)
-@given(st.one_of(BLOBS, damaged(RECORD), damaged(RECORD).map(sealed)))
-def test_a_record_is_a_conditioning_or_is_refused(bounded_memory: None, record: bytes) -> None:
+@given(DAMAGE, st.booleans())
+def test_a_record_is_a_conditioning_or_is_refused(bounded_memory: None, damage: list, seal: bool) -> None:
+    record = damaged(RECORD, damage)
+    if seal:
+        record = sealed(record)
     try:
         conditioning = codec.decode(record, "robot")
     except codec.RecordError as error:

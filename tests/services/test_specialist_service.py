@@ -398,6 +398,27 @@ async def test_another_replica_carries_on_with_exactly_the_same_actions(
             assert last.recovery == expected.recovery
 
 
+async def test_a_session_that_moves_is_told_at_once_that_the_store_has_lost_its_conditioning(
+    specialist_engine: SpecialistEngine, url: str, store: Store
+) -> None:
+    async with specialist(specialist_engine, url) as one, specialist(specialist_engine, url) as other:
+        await opened(one, store)
+        *_, last = await drive(one, range(3))
+        await store.delete("robot")
+        request = act("robot", 3, min_conditioning=version(1, 0))
+        request.recovery.CopyFrom(last.recovery)
+        request.previous_rgb_static.CopyFrom(act("robot", 2).observation.rgb_static)
+        began = asyncio.get_running_loop().time()
+        code, details = await status(other.stub.Act(request, timeout=30))
+        assert asyncio.get_running_loop().time() - began < 5
+        assert code == grpc.StatusCode.FAILED_PRECONDITION
+        assert "no conditioning" in details
+        await store.put("robot", conditioning(1, 0))
+        moved = await other.stub.Act(request, timeout=30)
+        stayed = await one.stub.Act(act("robot", 3, min_conditioning=version(1, 0)), timeout=30)
+        assert moved.action == stayed.action
+
+
 async def test_recovery_overtakes_a_replica_that_fell_behind_and_not_one_that_is_ahead(
     specialist_engine: SpecialistEngine, url: str, store: Store
 ) -> None:

@@ -60,7 +60,11 @@ def application(
 
     guarded = APIRouter(
         dependencies=[Depends(authorized)],
-        responses={401: {"description": "no token, or a wrong one"}, 429: {"description": "over the token's rate"}},
+        responses={
+            401: {"description": "no token, or a wrong one"},
+            403: {"description": "no tokens are set, and the Host is not of this machine"},
+            429: {"description": "over the token's rate"},
+        },
     )
 
     @app.get("/healthz")
