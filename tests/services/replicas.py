@@ -11,9 +11,11 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 import torch
 
 from robodual.conditioning.record import Conditioning
+from robodual.conditioning.store import Store
 from robodual.generalist import service as generalist_service
 from robodual.generalist.engine import GeneralistEngine
 from robodual.serving.server import Server
@@ -24,6 +26,8 @@ from robodual_client import tensors, wire
 from robodual_client.wire import rpc
 
 WIDTH = 64
+KEY = "robodual:robot:conditioning"
+Refused = grpc.aio.AioRpcError
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,22 @@ def chunk(response: wire.ActResponse) -> np.ndarray:
 
 def version(episode: int, step: int) -> wire.Version:
     return wire.Version(episode=episode, step=step)
+
+
+async def opened(replica: Replica, store: Store, session: str = "robot", **fields: object) -> None:
+    """Episode 1 of a session, with a conditioning of step 0 in the store."""
+    await replica.stub.Reset(wire.ResetRequest(session_id=session, episode=1, **fields))
+    await store.put(session, conditioning(1, 0))
+
+
+async def drive(replica: Replica, steps: range, session: str = "robot") -> list[wire.ActResponse]:
+    return [await replica.stub.Act(act(session, step, min_conditioning=version(1, 0)), timeout=30) for step in steps]
+
+
+async def status(call: object) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(Refused) as refused:
+        await call  # type: ignore[misc]
+    return refused.value.code(), refused.value.details() or ""
 
 
 async def until(condition: Callable[[], bool]) -> None:
