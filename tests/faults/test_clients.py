@@ -20,6 +20,8 @@ from robodual_client.errors import SessionConflict
 from robodual_client.wire import rpc
 
 MANY = 120  # steps that the slow one asks for, 330 kB each
+# Otherwise gRPC takes in megabytes of answers that nobody has asked for yet.
+NARROW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
 GROWTH = 24 * 2**20  # bytes that a specialist may keep of them
 
 
@@ -106,7 +108,7 @@ def _stream(deployment: Deployment, session: str, taken: list[float]) -> Iterato
             taken.append(time.monotonic())
             yield act(session, step, min_conditioning=version(1, 0))
 
-    with grpc.insecure_channel(deployment.a.address) as channel:
+    with grpc.insecure_channel(deployment.a.address, options=NARROW) as channel:
         stub = rpc.Stub(channel, rpc.SPECIALIST)
         stub.Reset(wire.ResetRequest(session_id=session, episode=1, seed=7), timeout=60)
         yield stub.ActStream(requests(), timeout=120)
