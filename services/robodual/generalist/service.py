@@ -120,7 +120,7 @@ async def serving(settings: GeneralistSettings, engine: GeneralistEngine | None 
         background.run("heartbeat", _watch(store, readiness, metrics))
         cleanup.push_async_callback(background.close)
         info = describe("generalist", model.facts, ["rgb_static"])
-        metrics.watch_memory(model.facts.device)
+        metrics.watch_memory(*info.device.split(","))
         endpoints.open(GeneralistService(batcher, store, info, metrics), info)
         cleanup.push_async_callback(endpoints.drain)
         yield endpoints

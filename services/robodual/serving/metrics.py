@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -56,8 +57,8 @@ class Metrics:
 
         self.device_memory = Gauge(
             "robodual_device_memory_bytes",
-            "Memory of the GPU: allocated and reserved by this process, in use by all, and there.",
-            ["kind"],
+            "Memory of a GPU: allocated and reserved by this process, used by all, and in total.",
+            ["device", "kind"],
             registry=registry,
         )
         ProcessCollector(registry=registry)
@@ -65,20 +66,21 @@ class Metrics:
         # One lookup without the library's locks: a request passes through half a dozen stages.
         self.stage = functools.cache(self.stages.labels)
 
-    def watch_memory(self, device: str) -> None:
-        """Has `device_memory` asked for whenever it is shown, where `device` is a GPU's."""
-        if not device.startswith("cuda"):
-            return
-        self.device_memory.labels("allocated").set_function(lambda: torch.cuda.memory_allocated(device))
-        self.device_memory.labels("reserved").set_function(lambda: torch.cuda.memory_reserved(device))
-        self.device_memory.labels("used").set_function(lambda: _used(device))
-        self.device_memory.labels("total").set_function(lambda: torch.cuda.mem_get_info(device)[1])
+    def watch_memory(self, *devices: str) -> None:
+        """Has `device_memory` asked for whenever it is shown, for those of `devices` that are GPUs."""
+        for device in devices:
+            if device.startswith("cuda"):
+                for kind, ask in _MEMORY.items():
+                    self.device_memory.labels(device, kind).set_function(functools.partial(ask, device))
 
     def exposition(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
-def _used(device: str) -> int:
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free
+_MEMORY: dict[str, Callable[[str], float]] = {
+    "allocated": torch.cuda.memory_allocated,
+    "reserved": torch.cuda.memory_reserved,
+    "used": lambda device: torch.cuda.mem_get_info(device)[1] - torch.cuda.mem_get_info(device)[0],
+    "total": lambda device: torch.cuda.mem_get_info(device)[1],
+}

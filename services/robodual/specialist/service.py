@@ -309,7 +309,7 @@ async def serving(settings: SpecialistSettings, engine: SpecialistEngine | None 
         cleanup.push_async_callback(background.close)
         facts = replace(model.facts, details={**model.facts.details, "only": settings.only or "no"})
         info = describe("specialist", facts, model.sensors)
-        metrics.watch_memory(facts.device)
+        metrics.watch_memory(*info.device.split(","))
         service = SpecialistService(settings, batcher, sessions, feed, info, metrics)
         endpoints.open(service, info, end_streams=service.end_streams)
         cleanup.push_async_callback(endpoints.drain)
