@@ -1,33 +1,35 @@
 """Memory and time of a conditioning: the generalist in bfloat16, int8 and nf4, with each attention.
 
     python -m benchmarks.generalist --rounds 20 --json generalist.json
+    python -m benchmarks.generalist --profile toy --identity 200
 
 Loads the profile with random weights (or a checkpoint) once for each pair of quantisation and attention, and times
-whole conditionings: frame and instruction in, reference chunk and hidden states out. Decoding is constrained, so that
-random weights take as many forwards as trained ones, whose free decoding keeps to the layout by itself. What the
-machine cannot do is listed with the reason.
+whole conditionings: frame and instruction in, reference chunk and hidden states out. The plain way, one token a
+forward, the engine, and the engine with a draft that is right (the best case) take turns. Decoding is constrained, so
+that random weights take as many forwards as trained ones, whose free decoding keeps to the layout by itself. What the
+machine cannot do is listed with the reason. With --identity it checks the tokens instead (identity.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks import measurement
+from benchmarks import identity, measurement
+from torch import Tensor
 
 from robodual.generalist.decoding import decode
 from robodual.generalist.engine import ATTENTIONS, GeneralistEngine, load_generalist
 from robodual.generalist.quantisation import QUANTISATIONS
+from robodual.generalist.tokens import decode_actions
 from robodual.profiles import PROFILES
 
 PACKAGES = ("torch", "transformers", "robodual")
@@ -39,26 +41,38 @@ GB = 1 << 30
 class Row:
     """One way to run the model: memory in bytes, times in milliseconds, forwards through the Llama of one conditioning.
 
-    `peak_bytes` is the device's allocated memory at most while conditioning, on CUDA; `reason` says why a row is empty.
+    `ratio` is the plain way's time by this one's; `drafted` the median with a draft that is right. `peak_bytes` is the
+    device's allocated memory at most while conditioning, on CUDA; `reason` says why a row is empty.
     """
 
     quantisation: str
     attention: str
+    name: str
     dtype: str = ""
     weight_bytes: int = 0
     peak_bytes: int | None = None
+    plain: float = 0.0
     median: float = 0.0
     p99: float = 0.0
+    ratio: float = 0.0
     forwards: int = 0
+    drafted: float = 0.0
     seconds_to_load: float = 0.0
     reason: str = ""
 
     def cells(self) -> list[str]:
         if self.reason:
-            return [self.quantisation, self.attention, f"not measured: {self.reason}", "", "", "", "", "", ""]
+            return [self.quantisation, self.attention, f"not measured: {self.reason}", *[""] * (len(HEADER) - 3)]
         peak = "" if self.peak_bytes is None else f"{self.peak_bytes / GB:.3f}"
-        times = [f"{self.median:.1f}", f"{self.p99:.1f}", str(self.forwards), f"{self.seconds_to_load:.1f}"]
-        return [self.quantisation, self.attention, self.dtype, f"{self.weight_bytes / GB:.3f}", peak, *times]
+        times = [f"{value:.1f}" for value in (self.plain, self.median, self.p99)]
+        rest = [f"{self.ratio:.2f}", str(self.forwards), f"{self.drafted:.1f}", f"{self.seconds_to_load:.1f}"]
+        return [self.quantisation, self.attention, self.dtype, f"{self.weight_bytes / GB:.3f}", peak, *times, *rest]
+
+
+HEADER = (
+    *("quantisation", "attention", "dtype", "weights GB", "peak GB", "plain ms"),
+    *("median ms", "p99 ms", "times faster", "forwards", "right draft ms", "load s"),
+)
 
 
 def frame() -> np.ndarray:
@@ -67,34 +81,36 @@ def frame() -> np.ndarray:
 
 def forwards(engine: GeneralistEngine) -> int:
     """Passes through the Llama that one conditioning takes, prefill included."""
-    device = engine.model.device
-    pixels = engine.processor.pixels([frame()]).to(device, engine.model.dtype)
-    prompt = torch.tensor(engine.processor.prompt(INSTRUCTION), device=device)
-    return decode(engine.model, pixels, [prompt], constrained=engine.constrained).forwards
+    return decode(
+        engine.model, *identity.inputs(engine, [frame()], [INSTRUCTION]), constrained=engine.constrained
+    ).forwards
 
 
-def measure(engine: GeneralistEngine, rounds: int, batch: int, warmup: int = 3) -> tuple[list[float], int | None]:
-    """Milliseconds of each conditioning of `batch` frames, and the peak of the device's memory meanwhile."""
-    device = engine.model.device
+def contenders(engine: GeneralistEngine, batch: int) -> dict[str, Callable[[], object]]:
+    """Conditionings of `batch` frames; each ends on the host, so that nothing is left to wait for."""
     frames, instructions = [frame()] * batch, [INSTRUCTION] * batch
-    times = []
-    for position in range(-warmup, rounds):
-        if position == 0 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        start = time.perf_counter()
-        engine.think(frames, instructions)  # ends on the host, so nothing is left to wait for
-        if position >= 0:
-            times.append((time.perf_counter() - start) * 1e3)
-    return times, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+    def plain() -> tuple[np.ndarray, list[Tensor]]:
+        decoded = decode(engine.model, *identity.inputs(engine, frames, instructions), constrained=True, window=1)
+        actions = [decode_actions(ids, engine.model.config.tokens)[0] for ids in decoded.tokens.cpu().numpy()]
+        return np.stack(actions), [hidden.to("cpu", torch.bfloat16) for hidden in decoded.hidden]
+
+    drafts = list(plain()[0])
+    return {
+        "plain": plain,
+        "engine": partial(engine.think, frames, instructions),
+        "drafted": partial(engine.think, frames, instructions, drafts),
+    }
 
 
 def run(options: argparse.Namespace, quantisation: str, attention: str) -> Row:
+    name = f"{quantisation}, {attention}"
     try:
-        return measured(options, quantisation, attention)
+        return measured(options, quantisation, attention, name)
     except ValueError as error:
-        return Row(quantisation, attention, reason=str(error))
+        return Row(quantisation, attention, name, reason=str(error))
     except torch.OutOfMemoryError:
-        return Row(quantisation, attention, reason="out of device memory")
+        return Row(quantisation, attention, name, reason="out of device memory")
     finally:
         # The next one needs the memory.
         gc.collect()
@@ -102,10 +118,37 @@ def run(options: argparse.Namespace, quantisation: str, attention: str) -> Row:
             torch.cuda.empty_cache()
 
 
-def measured(options: argparse.Namespace, quantisation: str, attention: str) -> Row:
+def measured(options: argparse.Namespace, quantisation: str, attention: str, name: str) -> Row:
     """Raises ValueError that names what the machine cannot do."""
     start = time.perf_counter()
-    engine = load_generalist(
+    engine = load(options, quantisation, attention)
+    loaded = time.perf_counter() - start
+    ways = contenders(engine, options.batch)
+    peak = None
+    if engine.model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.model.device)
+        ways["engine"]()
+        peak = torch.cuda.max_memory_allocated(engine.model.device)
+    plain, own, drafted = measurement.interleave(ways, options.rounds)
+    return Row(
+        quantisation,
+        attention,
+        name,
+        engine.facts.dtype,
+        engine.facts.weight_bytes,
+        peak,
+        plain.median,
+        own.median,
+        own.p99,
+        own.ratio,
+        forwards(engine),
+        drafted.median,
+        loaded,
+    )
+
+
+def load(options: argparse.Namespace, quantisation: str, attention: str) -> GeneralistEngine:
+    return load_generalist(
         options.profile,
         checkpoint=options.checkpoint,
         device=options.device,
@@ -114,23 +157,23 @@ def measured(options: argparse.Namespace, quantisation: str, attention: str) -> 
         quantisation=quantisation,
         constrained=True,
     )
-    loaded = time.perf_counter() - start
-    times, peak = measure(engine, options.rounds, options.batch)
-    return Row(
-        quantisation,
-        attention,
-        engine.facts.dtype,
-        engine.facts.weight_bytes,
-        peak,
-        statistics.median(times),
-        sorted(times)[min(len(times) - 1, int(0.99 * len(times)))],
-        forwards(engine),
-        loaded,
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Prints the check of the tokens; returns 1 if one differs."""
+    engine = load(options, options.quantisation[0], options.attention[0])
+    checks = identity.check(engine, options.identity)
+    measurement.markdown(
+        *((c.name, str(c.prompts), str(c.identical), f"{c.forwards / c.prompts:.1f}") for c in checks),
+        header=("decoding", "prompts", "identical", "forwards per 64 tokens"),
     )
+    if options.json:
+        measurement.write(options.json, "identity", checks, machine=measurement.machine(PACKAGES))
+    return 0 if all(check.identical == check.prompts for check in checks) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns 1 if nothing could be measured."""
+    """Runs the benchmark; returns 1 if nothing could be measured, a ratio has fallen or a token differs."""
     parser = argparse.ArgumentParser(prog="benchmarks.generalist", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="robodual-7b", choices=sorted(PROFILES))
     parser.add_argument("--checkpoint", help="a folder or hub id; random weights without it")
@@ -141,30 +184,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch", type=int, default=1, help="frames in one conditioning")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="where to write the record")
+    parser.add_argument(
+        "--identity",
+        type=int,
+        metavar="PROMPTS",
+        help="instead: check the tokens of so many random prompts, with the first quantisation and attention",
+    )
+    measurement.add_outputs(parser)
     options = parser.parse_args(argv)
 
     torch.set_num_threads(options.threads)
-    header = "quantisation", "attention", "dtype", "weights GB", "peak GB", "median ms", "p99 ms", "forwards", "load s"
-    print(f"| {' | '.join(header)} |")
-    print("|---" * len(header) + "|")
+    if options.identity:
+        return verify(options)
+    measurement.markdown(header=HEADER)
     rows = []
     for quantisation, attention in product(options.quantisation, options.attention):
         rows.append(run(options, quantisation, attention))
-        print(f"| {' | '.join(rows[-1].cells())} |", flush=True)
-    if options.json:
-        record = {
-            "benchmark": "generalist",
-            "profile": options.profile,
-            "batch": options.batch,
-            "rounds": options.rounds,
-            "threads": options.threads,
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "machine": measurement.machine(PACKAGES),
-            "rows": [asdict(row) for row in rows],
-        }
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
-    return 0 if any(not row.reason for row in rows) else 1
+        measurement.markdown(rows[-1].cells())
+    facts = {
+        "profile": options.profile,
+        "batch": options.batch,
+        "rounds": options.rounds,
+        "threads": options.threads,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    title = f"generalist {options.profile}, a conditioning of {options.batch}"
+    status = measurement.conclude(options, "generalist", title, rows, PACKAGES, **facts)
+    return status if any(not row.reason for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -78,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--diffusion-steps", type=int, nargs="*", default=[], help="also time the engine with fewer")
     parser.add_argument("--bfloat16", action="store_true", help="also time the engine in bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="where to write the record")
-    parser.add_argument("--compare", type=Path, help="an earlier record, to flag ratios that have fallen")
+    measurement.add_outputs(parser)
     options = parser.parse_args(argv)
 
     torch.set_num_threads(options.threads)
@@ -115,17 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": options.rounds,
         "context_length": options.context_length,
         "largest_differences": differences,
-        "machine": measurement.machine(PACKAGES),
     }
     title = f"specialist {options.profile}, {engine.facts.device}, {engine.facts.dtype}, {options.threads} threads"
     notes = [f"{name}: {value:.1e} from the plain chunk at most" for name, value in differences.items() if value]
     measurement.show(title, rows, notes)
-    if options.json:
-        measurement.write(options.json, "specialist", rows, **facts)
-    fallen = measurement.regressions(options.compare, rows) if options.compare else []
-    for line in fallen:
-        print(f"regression: {line}", file=sys.stderr)
-    return 1 if fallen else 0
+    return measurement.conclude(options, "specialist", title, rows, PACKAGES, **facts)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Iterable
 
@@ -114,7 +115,7 @@ class Answer:
             chunk = tensors.decode(response.chunk, field="chunk", dtype=np.float32, shape=(8, 7))
         except ValueError as error:
             raise ServiceFailed(f"{where}: {error}") from error
-        if not np.isfinite(action).all():
+        if not all(map(math.isfinite, action.tolist())):
             raise ServiceFailed(f"{where}: the action is not finite: {action.tolist()}")
         return cls(
             episode=episode,

@@ -7,6 +7,7 @@ take twenty times as long.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Iterable, Union
 
 import numpy as np
@@ -16,20 +17,19 @@ from robodual_client import wire
 
 Buffer = Union[bytes, memoryview]  # of bytes: len() is its size
 
+_NUMBERS = {field.name: field.number for field in wire.Observation.DESCRIPTOR.fields}
+
 
 def image_buffers(array: npt.NDArray[np.uint8]) -> list[Buffer]:
     """A serialised raw Image of a uint8 [H, W, 3] array."""
-    height, width, _ = array.shape
-    header = wire.Image(encoding=wire.IMAGE_ENCODING_RAW_RGB8, height=height, width=width)
-    return [header.SerializeToString(), *_field(wire.Image.DATA_FIELD_NUMBER, [_memory(array)])]
+    return [_image_head(array.shape[0], array.shape[1]), _memory(array)]
 
 
 def tensor_buffers(array: npt.NDArray[Any]) -> list[Buffer]:
     """A serialised Tensor of a uint8 or float32 array."""
     dtype = wire.DTYPE_UINT8 if array.dtype == np.uint8 else wire.DTYPE_FLOAT32
-    header = wire.Tensor(dtype=dtype, shape=array.shape)
     little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return [header.SerializeToString(), *_field(wire.Tensor.DATA_FIELD_NUMBER, [_memory(little_endian)])]
+    return [_tensor_head(dtype, array.shape, array.nbytes), _memory(little_endian)]
 
 
 class Frame:
@@ -40,11 +40,11 @@ class Frame:
     """
 
     def __init__(self, sensors: dict[str, list[Buffer]]) -> None:
-        numbers = wire.Observation.DESCRIPTOR.fields_by_name
-        self._observation: list[Buffer] = []
         self._rgb_static = sensors["rgb_static"]
-        for name in sorted(sensors, key=lambda name: name != "rgb_static"):
-            self._observation += _field(numbers[name].number, sensors[name])
+        self._observation = _field(_NUMBERS["rgb_static"], self._rgb_static)
+        for name, buffers in sensors.items():
+            if name != "rgb_static":
+                self._observation += _field(_NUMBERS[name], buffers)
         self._image_start = len(self._observation[0])
 
     def condition_request(self, head: wire.ConditionRequest) -> bytes:
@@ -70,7 +70,27 @@ class Frame:
 
 def _field(number: int, value: list[Buffer]) -> list[Buffer]:
     """A length-delimited field: its key and length in one buffer, then the buffers of its value."""
-    return [_varint(number << 3 | 2) + _varint(_size(value)), *value]
+    return [_key(number, _size(value)), *value]
+
+
+# A camera's frames are all of one size, so that these few bytes are the same at every step.
+@lru_cache(maxsize=256)
+def _key(number: int, size: int) -> bytes:
+    """What stands before the `size` bytes of a length-delimited field."""
+    return _varint(number << 3 | 2) + _varint(size)
+
+
+@lru_cache(maxsize=64)
+def _image_head(height: int, width: int) -> bytes:
+    """A serialised raw Image up to its pixels."""
+    header = wire.Image(encoding=wire.IMAGE_ENCODING_RAW_RGB8, height=height, width=width)
+    return header.SerializeToString() + _key(wire.Image.DATA_FIELD_NUMBER, height * width * 3)
+
+
+@lru_cache(maxsize=64)
+def _tensor_head(dtype: wire.DType, shape: tuple[int, ...], size: int) -> bytes:
+    """A serialised Tensor up to its data."""
+    return wire.Tensor(dtype=dtype, shape=shape).SerializeToString() + _key(wire.Tensor.DATA_FIELD_NUMBER, size)
 
 
 def _varint(value: int) -> bytes:

@@ -8,7 +8,8 @@ command.
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -39,22 +40,18 @@ def encode(obs: Mapping[str, Any], sensors: Sequence[str]) -> Frame:
             f"the model reads {', '.join(map(repr, unknown))}, which this client does not know: upgrade robodual-client"
         )
     # rgb_static comes first, since the generalist always wants it.
-    wanted = ["rgb_static", *(sensor for sensor in sensors if sensor != "rgb_static")]
-    missing = [_spell(_SENSORS[sensor][0]) for sensor in wanted if _find(obs, _SENSORS[sensor][0]) is None]
+    wanted = {name: _SENSORS[name] for name in ("rgb_static", *sensors)}
+    found = {name: _find(obs, sensor.path) for name, sensor in wanted.items()}
+    missing = [sensor.spelled for name, sensor in wanted.items() if found[name] is None]
     if missing:
         raise InvalidObservation(
             f"the observation lacks {', '.join(missing)}: the model reads {', '.join(sensors)}; "
             "add the camera, or serve a checkpoint without it"
         )
-    fields: dict[str, list[Buffer]] = {}
-    for sensor in wanted:
-        path, check = _SENSORS[sensor]
-        fields[sensor] = check(_find(obs, path), _spell(path))
-    return Frame(fields)
+    return Frame({name: sensor.buffers(found[name]) for name, sensor in wanted.items()})
 
 
-def _image(value: Any, name: str) -> list[Buffer]:
-    array = _array(value, name)
+def _image(array: npt.NDArray[Any], name: str) -> list[Buffer]:
     if array.dtype != np.uint8:
         advice = "scale it by 255 and convert it" if array.dtype.kind == "f" else "convert it"
         raise InvalidObservation(f"{name}: must be uint8, got {array.dtype}: {advice}")
@@ -73,8 +70,7 @@ def _image(value: Any, name: str) -> list[Buffer]:
     return image_buffers(array)
 
 
-def _depth(value: Any, name: str) -> list[Buffer]:
-    array = _array(value, name)
+def _depth(array: npt.NDArray[Any], name: str) -> list[Buffer]:
     if array.dtype.kind != "f":
         advice = ": millimetres? divide by 1000 and convert it" if array.dtype.kind in "ui" else ""
         raise InvalidObservation(f"{name}: must be float32 metres, got {array.dtype}{advice}")
@@ -93,8 +89,7 @@ def _depth(value: Any, name: str) -> list[Buffer]:
     return tensor_buffers(np.asarray(array, np.float32))
 
 
-def _tactile(value: Any, name: str) -> list[Buffer]:
-    array = _array(value, name)
+def _tactile(array: npt.NDArray[Any], name: str) -> list[Buffer]:
     if array.dtype != np.uint8 or array.shape != TACTILE_SHAPE:
         raise InvalidObservation(
             f"{name}: must be uint8 {list(TACTILE_SHAPE)}, both fingers' RGB, got {array.dtype} {list(array.shape)}"
@@ -102,30 +97,42 @@ def _tactile(value: Any, name: str) -> list[Buffer]:
     return tensor_buffers(array)
 
 
-def _proprio(value: Any, name: str) -> list[Buffer]:
-    array = _array(value, name)
+def _proprio(array: npt.NDArray[Any], name: str) -> list[Buffer]:
     if array.dtype.kind != "f" or array.shape != (15,):
         raise InvalidObservation(f"{name}: must be float [15], got {array.dtype} {list(array.shape)}")
-    proprio = np.concatenate((array[:6], array[14:15])).astype(np.float32)
-    if not np.isfinite(proprio).all():
-        raise InvalidObservation(f"{name}: has values that are not finite: {proprio.tolist()}")
-    position, angles, command = np.abs(proprio[:3]), np.abs(proprio[3:6]), proprio[6]
-    if position.max() > FARTHEST_TCP:
+    values = array.tolist()
+    proprio = [*values[:6], values[14]]
+    if not all(map(math.isfinite, proprio)):
+        raise InvalidObservation(f"{name}: has values that are not finite: {proprio}")
+    if max(map(abs, proprio[:3])) > FARTHEST_TCP:
         raise InvalidObservation(f"{name}[:3]: must be metres within {FARTHEST_TCP:g} of the origin, got {array[:3]}")
-    if angles.max() > 2 * math.pi + 1e-3:
+    if max(map(abs, proprio[3:6])) > 2 * math.pi + 1e-3:
         raise InvalidObservation(f"{name}[3:6]: must be radians, within two pi, got {array[3:6]}: are they degrees?")
+    command = proprio[6]
     if abs(command) > 1:
         raise InvalidObservation(f"{name}[14]: the gripper command must be -1 (closed) to 1 (open), got {command:g}")
-    return tensor_buffers(proprio)
+    return tensor_buffers(np.array(proprio, np.float32))
 
 
-_SENSORS: dict[str, tuple[tuple[str, ...], Callable[[Any, str], list[Buffer]]]] = {
-    "rgb_static": (("rgb_obs", "rgb_static"), _image),
-    "rgb_gripper": (("rgb_obs", "rgb_gripper"), _image),
-    "depth_static": (("depth_obs", "depth_static"), _depth),
-    "depth_gripper": (("depth_obs", "depth_gripper"), _depth),
-    "rgb_tactile": (("rgb_obs", "rgb_tactile"), _tactile),
-    "proprio": (("robot_obs",), _proprio),
+class _Sensor:
+    """Where a sensor stands in CALVIN's dict, how that is spelled, and what checks and serialises it."""
+
+    def __init__(self, check: Callable[[npt.NDArray[Any], str], list[Buffer]], *path: str) -> None:
+        self.path = path
+        self.spelled = "obs" + "".join(f'["{key}"]' for key in path)
+        self._check = check
+
+    def buffers(self, value: Any) -> list[Buffer]:
+        return self._check(_array(value, self.spelled), self.spelled)
+
+
+_SENSORS = {
+    "rgb_static": _Sensor(_image, "rgb_obs", "rgb_static"),
+    "rgb_gripper": _Sensor(_image, "rgb_obs", "rgb_gripper"),
+    "depth_static": _Sensor(_depth, "depth_obs", "depth_static"),
+    "depth_gripper": _Sensor(_depth, "depth_obs", "depth_gripper"),
+    "rgb_tactile": _Sensor(_tactile, "rgb_obs", "rgb_tactile"),
+    "proprio": _Sensor(_proprio, "robot_obs"),
 }
 
 
@@ -134,10 +141,6 @@ def _find(obs: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
-
-
-def _spell(path: tuple[str, ...]) -> str:
-    return "obs" + "".join(f'["{key}"]' for key in path)
 
 
 def _array(value: Any, name: str) -> npt.NDArray[Any]:

@@ -52,10 +52,10 @@ def decode(tensor: wire.Tensor, *, field: str, dtype: npt.DTypeLike, shape: Sequ
         raise ValueError(f"{field}: no tensor is of {np.dtype(dtype)}")
     if tensor.dtype != _WIRE[expected]:
         raise ValueError(f"{field}: dtype must be {_dtype_name(_WIRE[expected])}, got {_dtype_name(tensor.dtype)}")
-    if len(tensor.shape) != len(shape):
-        raise ValueError(f"{field}: must have {len(shape)} dimensions, {_spell(shape)}, got {len(tensor.shape)}")
     sizes = tuple(tensor.shape)
-    if not all(_fits(size, allowed) for size, allowed in zip(sizes, shape)):
+    if len(sizes) != len(shape):
+        raise ValueError(f"{field}: must have {len(shape)} dimensions, {_spell(shape)}, got {len(sizes)}")
+    if sizes != shape and not all(_fits(size, allowed) for size, allowed in zip(sizes, shape)):
         raise ValueError(f"{field}: shape must be {_spell(shape)}, got {_spell(sizes)}")
     data = tensor.data
     size = math.prod(sizes) * expected.itemsize  # Python integers: a product of 32-bit sizes cannot wrap

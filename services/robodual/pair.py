@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -26,16 +26,21 @@ class PairError(RuntimeError):
 
 @dataclass(frozen=True)
 class Options:
-    """How to start a pair. Ports of 0 are chosen freely; `settings` go to both services as ROBODUAL_* variables."""
+    """How to start a pair. Ports of 0 are chosen freely; `settings` go to both services as ROBODUAL_* variables.
+
+    `command`, followed by a service's name and flags, runs that service.
+    """
 
     profile: str = "toy"
     redis_url: str | None = None
     ports: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SERVICES, 0))
     http_ports: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SERVICES, 0))
     checkpoints: Mapping[str, Path] = field(default_factory=dict)
-    device: str = "auto"
+    device: str | None = None  # of both services; None leaves it to the environment
+    devices: str | None = None  # several, comma-separated, in the place of `device`
     settings: Mapping[str, str] = field(default_factory=dict)
     start_timeout: float = 300.0  # seconds until both are ready
+    command: Sequence[str] = (sys.executable, "-m", "robodual", "serve")
 
 
 class Pair:
@@ -65,10 +70,19 @@ class Pair:
         return {name: f"127.0.0.1:{port}" for name, port in self.ports.items()}
 
     @property
+    def pids(self) -> dict[str, int]:
+        """The process id of each service, and of "redis" if it is the pair's own; while they run."""
+        ids = {name: process.pid for name, process in self._processes.items()}
+        if self._redis is not None and self._redis.pid is not None:
+            ids["redis"] = self._redis.pid
+        return ids
+
+    @property
     def environment(self) -> dict[str, str]:
         """The environment variables that the services get: a replica that is to give the same bits needs the same."""
-        # Two services that each spread over every core make each other's threads wait, at several times the cost.
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(SERVICES)))}
+        # Engines that each spread over every core make each other's threads wait, at several times the cost.
+        engines = len(SERVICES) * len((self.options.devices or "one").split(","))
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // engines))}
         # The URL may hold a password: it travels in the environment, which other users cannot list.
         return {**threads, **os.environ, **self.options.settings, "ROBODUAL_REDIS_URL": self.redis_url}
 
@@ -125,9 +139,11 @@ class Pair:
                     raise PairError(f"port {port} is taken: does another pair run? Choose a free one with {flag}")
 
     def _spawn(self, name: str) -> None:
-        command = [sys.executable, "-m", "robodual", "serve", name, "--profile", self.options.profile]
+        command = [*self.options.command, name, "--profile", self.options.profile]
         command += ["--port", str(self.ports[name]), "--http-port", str(self.http_ports[name])]
-        command += ["--device", self.options.device]
+        for flag in ("device", "devices"):
+            if (value := getattr(self.options, flag)) is not None:
+                command += [f"--{flag}", value]
         if name in self.options.checkpoints:
             command += ["--checkpoint", str(self.options.checkpoints[name])]
         process = subprocess.Popen(

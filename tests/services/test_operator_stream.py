@@ -108,7 +108,7 @@ async def test_while_nobody_looks_nothing_is_encoded_and_nothing_is_kept(
     before = frames()
     tracemalloc.start()
     await drive(replica, range(5, 15))
-    ours = [tracemalloc.Filter(True, f"*/{name}") for name in ("operator/*.py", "specialist/trace.py", "recent.py")]
+    ours = [tracemalloc.Filter(True, f"*/{name}") for name in ("operator/*.py", "specialist/view.py", "recent.py")]
     assert not tracemalloc.take_snapshot().filter_traces(ours).traces
     tracemalloc.stop()
     assert frames() <= before
@@ -275,6 +275,50 @@ async def test_what_is_shown_needs_a_token_and_the_page_itself_shows_nothing(
             assert answer.headers["x-content-type-options"] == "nosniff"
         for path in ("/operator/..%2fpages.py", "/operator/pages.py", "/operator/assets"):
             assert (await client.get(path)).status_code == 404
+
+
+async def test_a_token_shows_its_owners_sessions_and_an_operators_shows_all(
+    specialist_engine: SpecialistEngine, url: str
+) -> None:
+    names = ("arm-1", "arm-2", "desk")
+    settings = {"tokens": [f"{name}:{TOKEN}-{name}" for name in names], "operators": "desk"}
+    async with specialist(specialist_engine, url, **settings) as replica, http(replica) as client:
+        for name in ("arm-1", "arm-2"):
+            bearer = [("authorization", f"Bearer {TOKEN}-{name}")]
+            await replica.stub.Reset(wire.ResetRequest(session_id=f"{name}-session", episode=1), metadata=bearer)
+            with pytest.raises(Exception, match="is not open here"):
+                await replica.stub.Act(act(f"{name}-stranger", 0), metadata=bearer)
+        seen = {}
+        for name in names:
+            headers = {"Authorization": f"Bearer {TOKEN}-{name}"}
+            async with looking(client, "?session=arm-2-session", headers=headers) as reports:
+                seen[name] = await anext(reports)
+    listed = {name: [row["id"] for row in report["sessions"]] for name, report in seen.items()}
+    both = ["arm-2-session", "arm-1-session"]
+    assert listed == {"arm-1": ["arm-1-session"], "arm-2": ["arm-2-session"], "desk": both}
+    assert [seen[name]["session"] is None for name in names] == [True, False, False]
+    told = {name: [problem["session"] for problem in report["problems"]] for name, report in seen.items()}
+    assert told == {
+        "arm-1": ["arm-1-stranger"],
+        "arm-2": ["arm-2-stranger"],
+        "desk": ["arm-1-stranger", "arm-2-stranger"],
+    }
+
+
+async def test_a_token_that_is_withdrawn_sees_no_more(
+    specialist_engine: SpecialistEngine, url: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(f"desk:{TOKEN}\n")
+    file.chmod(0o600)
+    async with specialist(specialist_engine, url, tokens_file=file) as replica, http(replica) as client:
+        async with looking(client, headers=BEARER) as reports:
+            await anext(reports)
+            file.write_text(f"desk:another-{TOKEN}\n")
+            start = time.monotonic()
+            async for _ in reports:
+                assert time.monotonic() < start + 10, "it still sees"
+        assert await status(client, headers=BEARER) == 401
 
 
 async def test_without_tokens_another_sites_name_for_this_machine_does_not_open(replica: Replica) -> None:

@@ -1,5 +1,6 @@
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -116,6 +117,82 @@ async def test_expired_requests_cost_no_compute() -> None:
             await late
         await first
     assert model.batches == [[0]]
+
+
+async def test_a_request_that_expires_and_is_cancelled_at_once_leaves_the_queue_alive() -> None:
+    """gRPC cancels a call when its deadline passes, so both come together, and a batch may be formed in between."""
+    model = Model()
+    async with batching(model) as batcher:
+        first = await submit(batcher, 0, "a")
+        now = asyncio.get_running_loop().time()
+        late = asyncio.create_task(batcher.submit(1, session="b", deadline=now))
+        gone = await submit(batcher, 2, "c")
+        model.go.set()
+        await asyncio.sleep(0)
+        time.sleep(0.05)  # the batch ends while the loop is busy
+        await asyncio.sleep(0)  # now the queue's own task is the next in line
+        late.cancel()
+        gone.cancel()
+        await asyncio.gather(first, late, gone, return_exceptions=True)
+        assert (first.result(), late.cancelled(), gone.cancelled()) == (0, True, True)
+        assert (await batcher.submit(3, session="d")).answer == 6
+    assert model.batches == [[0], [3]]
+
+
+async def test_a_batch_is_formed_when_the_thread_is_free_of_other_work_too() -> None:
+    model = Model()
+    model.go.set()
+    async with batching(model) as batcher:
+        held = threading.Event()
+        other = asyncio.create_task(batcher.call(held.wait, 5))
+        await asyncio.sleep(0.01)
+        kept = [await submit(batcher, item, name) for item, name in enumerate("ab")]
+        cancelled = await submit(batcher, 9, "c")
+        cancelled.cancel()
+        await asyncio.sleep(0)
+        held.set()
+        await asyncio.gather(other, *kept)
+    assert model.batches == [[0, 1]]
+
+
+async def test_a_request_cancelled_in_a_batch_that_fails_is_not_run_again() -> None:
+    batches = []
+    filled, cancelled = threading.Event(), threading.Event()
+
+    def work(items: Sequence[int]) -> list[int]:
+        batches.append(list(items))
+        if len(items) > 1:
+            cancelled.wait(5)
+            raise ValueError("too many")
+        return [2 * item for item in items]
+
+    async with batching(work) as batcher:
+        other = asyncio.create_task(batcher.call(filled.wait, 5))
+        await asyncio.sleep(0.01)
+        kept, gone = await submit(batcher, 1, "a"), await submit(batcher, 2, "b")
+        filled.set()
+        await other
+        while not batches:
+            await asyncio.sleep(0.01)
+        gone.cancel()
+        await asyncio.sleep(0)
+        cancelled.set()
+        assert await kept == 2
+    assert batches == [[1, 2], [1]]
+
+
+async def test_load_counts_what_waits_and_what_runs() -> None:
+    model = Model()
+    async with batching(model, max_batch=2) as batcher:
+        tasks = [await submit(batcher, item, str(item)) for item in range(4)]
+        assert batcher.load == 4
+        tasks[-1].cancel()
+        await asyncio.sleep(0)
+        assert batcher.load == 3
+        model.go.set()
+        await asyncio.gather(*tasks[:-1])
+        await asyncio.sleep(0)
+        assert batcher.load == 0
 
 
 async def test_a_bad_item_fails_alone() -> None:

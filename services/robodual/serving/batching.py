@@ -36,6 +36,15 @@ class _Ticket(Generic[Item, Answer]):
     queued_at: float
     done: asyncio.Future[Done[Answer]]
 
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits any more: the caller was cancelled, or has been answered."""
+        return self.done.done()
+
+    def fail(self, error: Exception) -> None:
+        if not self.over:
+            self.done.set_exception(error)
+
 
 class Batcher(Generic[Item, Answer]):
     """Runs `work` on batches in one thread of its own, which also loads the model and runs whatever else needs it.
@@ -43,7 +52,7 @@ class Batcher(Generic[Item, Answer]):
     A batch is what is waiting when the thread is free: at most `max_batch` items, a session's second only after every
     other session's first. There is no wait for a batch to fill. Items whose caller was cancelled or whose deadline has
     passed are dropped before they cost compute. Where a batch raises, its items run one by one, so that a bad one
-    fails alone.
+    fails alone. Several engines have a batcher each, which share their metrics; `load` says which has least to do.
     """
 
     def __init__(
@@ -56,10 +65,15 @@ class Batcher(Generic[Item, Answer]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._waiting: OrderedDict[str, deque[_Ticket[Item, Answer]]] = OrderedDict()
         self._count = 0
-        self._wake = asyncio.Event()
+        self._running: list[_Ticket[Item, Answer]] = []
+        self._calls = 0
         self._closed = False
         self._loop = asyncio.get_running_loop()
-        self._task = self._loop.create_task(self._serve())
+
+    @property
+    def load(self) -> int:
+        """Items that wait or run."""
+        return self._count + len(self._running)
 
     async def submit(self, item: Item, *, session: str, deadline: float | None = None) -> Done[Answer]:
         """The answer to `item`. `deadline` is a time of the event loop's clock.
@@ -75,7 +89,8 @@ class Batcher(Generic[Item, Answer]):
         ticket = _Ticket[Item, Answer](item, session, deadline, time.perf_counter(), self._loop.create_future())
         self._waiting.setdefault(session, deque()).append(ticket)
         self._resize(1)
-        self._wake.set()
+        # Not at once: what arrived together with this one joins its batch.
+        self._loop.call_soon(self._start)
         try:
             return await ticket.done
         except asyncio.CancelledError:
@@ -84,48 +99,50 @@ class Batcher(Generic[Item, Answer]):
 
     async def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs `function` in the model's thread, between batches."""
-        return await self._loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
+        self._calls += 1
+        try:
+            return await self._loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
+        finally:
+            self._calls -= 1
+            self._start()
 
     async def close(self) -> None:
         """Fails what waits with `Unavailable` and ends the thread after the batch it is in."""
         self._closed = True
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        for tickets in self._waiting.values():
+        for tickets in (self._running, *self._waiting.values()):
             for ticket in tickets:
-                if not ticket.done.done():
-                    ticket.done.set_exception(Unavailable("the service is shutting down"))
+                ticket.fail(Unavailable("the service is shutting down"))
         self._waiting.clear()
         self._resize(-self._count)
         await asyncio.to_thread(self._thread.shutdown)
 
-    async def _serve(self) -> None:
-        while True:
-            batch = self._take()
-            if not batch:
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            self._metrics.batch_size.observe(len(batch))
-            started = time.perf_counter()  # uvloop's own clock counts whole milliseconds
-            try:
-                answers = await self._loop.run_in_executor(self._thread, self._compute, [t.item for t in batch])
-            except asyncio.CancelledError:
-                for ticket in batch:
-                    if not ticket.done.done():
-                        ticket.done.set_exception(Unavailable("the service is shutting down"))
-                raise
-            computed = time.perf_counter() - started
-            for ticket, answer in zip(batch, answers, strict=True):
-                if ticket.done.done():
-                    continue
-                if isinstance(answer, Exception):
-                    ticket.done.set_exception(answer)
-                else:
-                    ticket.done.set_result(Done(answer, started - ticket.queued_at, computed))
+    def _start(self) -> None:
+        """Gives the thread a batch of what waits, if it has no other work: none is formed before it can run."""
+        if self._running or self._calls or self._closed:
+            return
+        self._running = self._take()
+        if self._running:
+            self._metrics.batch_size.observe(len(self._running))
+            self._thread.submit(self._run, self._running)
+
+    def _run(self, batch: Sequence[_Ticket[Item, Answer]]) -> None:
+        """Runs in the thread."""
+        started = time.perf_counter()  # uvloop's own clock counts whole milliseconds
+        answers = self._compute(batch)
+        computed = time.perf_counter() - started
+        self._loop.call_soon_threadsafe(self._finish, answers, started, computed)
+
+    def _finish(self, answers: Sequence[Answer | Exception], started: float, computed: float) -> None:
+        for ticket, answer in zip(self._running, answers, strict=True):
+            if isinstance(answer, Exception):
+                ticket.fail(answer)
+            elif not ticket.over:
+                ticket.done.set_result(Done(answer, started - ticket.queued_at, computed))
+        self._running = []
+        self._loop.call_soon(self._start)
 
     def _take(self) -> list[_Ticket[Item, Answer]]:
-        """The next batch: one item of each session in turn, those that are past their time left out."""
+        """The next batch: one item of each session in turn, those that nobody waits for any more left out."""
         batch: list[_Ticket[Item, Answer]] = []
         now = self._loop.time()
         while self._waiting and len(batch) < self._max_batch:
@@ -135,20 +152,23 @@ class Batcher(Generic[Item, Answer]):
                 self._waiting[session] = tickets
             self._resize(-1)
             if ticket.deadline is not None and ticket.deadline <= now:
+                ticket.fail(DeadlineExceeded("the deadline passed while the request waited"))
+            if ticket.over:
                 self._metrics.dropped.inc()
-                ticket.done.set_exception(DeadlineExceeded("the deadline passed while the request waited"))
             else:
                 batch.append(ticket)
         return batch
 
-    def _compute(self, items: list[Item]) -> list[Answer | Exception]:
+    def _compute(self, batch: Sequence[_Ticket[Item, Answer]]) -> list[Answer | Exception]:
         """An answer or an exception for each item; runs in the thread."""
         try:
-            answers = list(self._work(items))
-            if len(answers) != len(items):
-                raise RuntimeError(f"the model gave {len(answers)} answers to {len(items)} requests")
+            answers = list(self._work([ticket.item for ticket in batch]))
+            if len(answers) != len(batch):
+                raise RuntimeError(f"the model gave {len(answers)} answers to {len(batch)} requests")
         except Exception as error:
-            return [error] if len(items) == 1 else [answer for item in items for answer in self._compute([item])]
+            if len(batch) == 1:
+                return [error]
+            return [answer for t in batch for answer in ([error] if t.over else self._compute([t]))]
         return [*answers]
 
     def _make_room(self, session: str) -> None:
@@ -159,7 +179,7 @@ class Batcher(Generic[Item, Answer]):
             raise ResourceExhausted(f"the queue is full: {self._count} requests wait for the model; retry later")
         ticket = heaviest[-1]
         self._withdraw(ticket)
-        ticket.done.set_exception(ResourceExhausted("the queue is full, and this session waits most; retry later"))
+        ticket.fail(ResourceExhausted("the queue is full, and this session waits most; retry later"))
 
     def _withdraw(self, ticket: _Ticket[Item, Answer]) -> None:
         tickets = self._waiting.get(ticket.session, deque())
@@ -172,4 +192,4 @@ class Batcher(Generic[Item, Answer]):
 
     def _resize(self, change: int) -> None:
         self._count += change
-        self._metrics.queue_depth.set(self._count)
+        self._metrics.queue_depth.inc(change)

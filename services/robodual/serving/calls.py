@@ -13,6 +13,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from robodual.serving import auth
 from robodual.serving.errors import InvalidArgument, ServiceError
 from robodual.serving.metrics import Metrics, Problem
 
@@ -68,7 +69,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 except Exception as error:
                     await self._abort(method, error, context)
                 else:
-                    self._metrics.requests.labels(method, "OK").inc()
+                    self._metrics.request(method, "OK").inc()
                     return response
 
         return guarded
@@ -80,7 +81,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             with self._counted():
                 try:
                     async for response in answers(_Messages(requests, parse), context):
-                        self._metrics.requests.labels(method, "OK").inc()
+                        self._metrics.request(method, "OK").inc()
                         yield response
                 except asyncio.CancelledError:
                     self._given_up(method, context)
@@ -119,9 +120,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._count(method, grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed before the answer")
 
     def _count(self, method: str, code: grpc.StatusCode, message: str) -> None:
-        self._metrics.requests.labels(method, code.name).inc()
-        session = structlog.contextvars.get_contextvars().get("session", "")
-        self._metrics.problems.add(Problem(time.time(), method, code.name, session, message))
+        self._metrics.request(method, code.name).inc()
+        said = structlog.contextvars.get_contextvars()
+        session, owner = said.get("session", ""), said.get("token", auth.NOBODY)
+        self._metrics.problems.add(Problem(time.time(), method, code.name, owner, session, message))
 
 
 class _Messages:
@@ -140,7 +142,11 @@ class _Messages:
 
 
 def _parsed(request: bytes, parse: Parse | None) -> Any:
-    """The message in `request`; the bytes themselves for a handler that reads none. Raises `InvalidArgument`."""
+    """The message in `request`; the bytes themselves for a handler that reads none.
+
+    Raises `InvalidArgument`, and what `auth.admit` raises.
+    """
+    auth.admit()
     if parse is None:
         return request
     try:

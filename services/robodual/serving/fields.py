@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 from typing import Any
 
@@ -27,12 +28,17 @@ def session_id(request: Any) -> str:
     session: str = request.session_id
     if not _SESSION.fullmatch(session):
         raise InvalidArgument("session_id: expected 1 to 64 characters of [A-Za-z0-9_.-]")
-    labels = {name: getattr(request, name) for name in _LABELS if name in request.DESCRIPTOR.fields_by_name}
+    labels = {name: getattr(request, name) for name in _labels(request.DESCRIPTOR)}
     for name, value in labels.items():
         if value > LAST:
             raise InvalidArgument(f"{name}: expected at most {LAST}, got {value}")
     structlog.contextvars.bind_contextvars(session=session, **labels)
     return session
+
+
+@functools.cache
+def _labels(message: Any) -> list[str]:
+    return [name for name in _LABELS if name in message.fields_by_name]
 
 
 async def image(message: Any, name: str, *, field: str, sides: range) -> NDArray[np.uint8]:

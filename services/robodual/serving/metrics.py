@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections import Counter as Counted
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from robodual.serving.recent import Recent
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 STEPS = (0, 1, 2, 4, 7, 8, 16, 32, 64)
+STALE = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 BATCHES = (1, 2, 4, 8, 16, 32)
 PROBLEMS = 50
 LONGEST = 300  # characters of a message that are kept
@@ -24,6 +27,7 @@ class Problem:
     at: float  # seconds since the epoch
     method: str
     code: str
+    owner: str  # of the token that was shown, if one was
     session: str  # "" where it had not been read yet
     message: str
 
@@ -54,6 +58,12 @@ class Metrics:
         self.conditioning_age = Histogram(
             "robodual_conditioning_age_steps", "Age of the conditioning used.", buckets=STEPS, registry=registry
         )
+        self.conditioning_staleness = Histogram(
+            "robodual_conditioning_staleness_seconds",
+            "Time since the conditioning used was ready here.",
+            buckets=STALE,
+            registry=registry,
+        )
         self.degraded = Counter("robodual_degraded_answers", "Answers marked as degraded.", registry=registry)
         self.malformed = Counter(
             "robodual_malformed_tokens", "Decoded tokens that did not fit the action layout.", registry=registry
@@ -61,10 +71,30 @@ class Metrics:
         self.refused_records = Counter(
             "robodual_refused_records", "Conditioning records that could not be read.", registry=registry
         )
+        self.resumed = Counter(
+            "robodual_resumed_sessions", "Sessions that went on here from a recovery state.", registry=registry
+        )
+        self.ready = Gauge("robodual_ready", "1 while the service is ready.", registry=registry)
         self.store_up = Gauge("robodual_store_up", "1 while the conditioning store answers.", registry=registry)
+
+        self.device_memory = Gauge(
+            "robodual_device_memory_bytes",
+            "Memory of the GPU: allocated and reserved by this process, in use by all, and there.",
+            ["device", "kind"],
+            registry=registry,
+        )
+        ProcessCollector(registry=registry)
 
         # One lookup without the library's locks: a request passes through half a dozen stages.
         self.stage = functools.cache(self.stages.labels)
+        self.request = functools.cache(self.requests.labels)
+
+    def watch_memory(self, devices: Sequence[str]) -> None:
+        """Has `device_memory` asked for whenever it is shown, of those `devices` that are GPUs."""
+        for device in dict.fromkeys(devices):
+            if device.startswith("cuda"):
+                for kind, read in MEMORY.items():
+                    self.device_memory.labels(device, kind).set_function(functools.partial(read, device))
 
     def answered(self) -> Counted[str]:
         """Calls so far by status."""
@@ -85,3 +115,16 @@ class Metrics:
 def _samples(metric: Counter | Gauge) -> list[tuple[dict[str, str], float]]:
     samples = (sample for family in metric.collect() for sample in family.samples)
     return [(sample.labels, sample.value) for sample in samples if not sample.name.endswith("_created")]
+
+
+def _used(device: str) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+MEMORY: dict[str, Callable[[str], int]] = {
+    "allocated": torch.cuda.memory_allocated,
+    "reserved": torch.cuda.memory_reserved,
+    "used": _used,
+    "total": lambda device: torch.cuda.mem_get_info(device)[1],
+}

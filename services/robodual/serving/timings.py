@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
+from robodual.serving import tracing
 from robodual.serving.metrics import Metrics
 from robodual_client import wire
 
 
 class Timings:
-    """Collects a request's stages for its answer and for the metrics."""
+    """Collects a request's stages for its answer, for the metrics and for its trace."""
 
     def __init__(self, metrics: Metrics) -> None:
+        self.span = tracing.current.get()  # None where nothing is traced
         self._metrics = metrics
         self.stages: list[tuple[str, float]] = []  # in seconds, in the order of their ends
         self._started = self._lap = time.perf_counter()
@@ -24,10 +27,20 @@ class Timings:
     def add(self, stage: str, seconds: float) -> None:
         """Counts `seconds` as `stage`; the next lap begins here."""
         self.stages.append((stage, seconds))
-        self._metrics.stage(stage).observe(seconds)
         self._lap = time.perf_counter()
 
     def messages(self) -> list[wire.Timing]:
-        """The stages so far, and "total"."""
-        self.add("total", time.perf_counter() - self._started)
+        """The stages so far, and "total"; the metrics get them once the answer is on its way."""
+        total = time.perf_counter() - self._started
+        if self.span is not None:
+            ended = 0.0
+            for stage, seconds in self.stages:
+                ended += seconds
+                self.span.stage(stage, seconds, ago=total - ended)
+        self.add("total", total)
+        asyncio.get_running_loop().call_soon(self._observe)
         return [wire.Timing(stage=stage, milliseconds=seconds * 1e3) for stage, seconds in self.stages]
+
+    def _observe(self) -> None:
+        for stage, seconds in self.stages:
+            self._metrics.stage(stage).observe(seconds)

@@ -19,6 +19,8 @@ Array = NDArray[np.float32]
 DECAY = 0.1  # an action that was planned n steps ago weighs exp(-DECAY * n)
 GRIPPER_THRESHOLD = -0.5  # below it the gripper closes
 
+_WEIGHTS = np.exp(-DECAY * np.arange(CHUNK))
+
 
 def noise(seed: int, episode: int, step: int) -> Array:
     """The diffusion's starting sample, float32 [8, 7], standard normal: a function of its three arguments alone.
@@ -75,12 +77,12 @@ class ControlLoop:
     """
 
     def __init__(self, recovery: Recovery | None = None) -> None:
-        self._chunks: list[Array] = []
+        self._chunks = np.zeros((0, CHUNK, ACTION), np.float32)
         self._steps: list[int] = []
         self._history = np.zeros((HISTORY, ACTION), np.float32)
         if recovery is not None:
             _check(recovery)
-            self._chunks = [chunk.astype(np.float32) for chunk in recovery.chunks]
+            self._chunks = recovery.chunks.astype(np.float32)
             self._steps = [int(step) for step in recovery.chunk_steps]
             self._history = recovery.history.astype(np.float32)
 
@@ -107,13 +109,12 @@ class ControlLoop:
             raise ValueError(f"step must be after {self._steps[-1]}, not {step}")
         if chunk.shape != (CHUNK, ACTION):
             raise ValueError(f"chunk must have shape {(CHUNK, ACTION)}, not {chunk.shape}")
-        self._chunks.append(chunk.astype(np.float32))
-        self._steps.append(step)
-        while step - self._steps[0] >= CHUNK:
-            del self._chunks[0], self._steps[0]
-        ages = step - np.array(self._steps)
-        planned = np.stack([chunk[age] for chunk, age in zip(self._chunks, ages)]).astype(np.float64)
-        weights = np.exp(-DECAY * ages)
+        passed = sum(step - at >= CHUNK for at in self._steps)
+        self._steps = [*self._steps[passed:], step]
+        self._chunks = np.concatenate((self._chunks[passed:], chunk[None]), dtype=np.float32)
+        ages = [step - at for at in self._steps]
+        planned = self._chunks[range(len(ages)), ages].astype(np.float64)  # [n, 7]
+        weights = _WEIGHTS[ages]
         mean = (planned * weights[:, None]).sum(axis=0) / weights.sum()
         mean[-1] = -1 if mean[-1] < GRIPPER_THRESHOLD else 1
         action: Array = mean.astype(np.float32)
@@ -122,8 +123,7 @@ class ControlLoop:
 
     def recovery(self) -> Recovery:
         """The state after the last step: at most 1,937 bytes of values."""
-        chunks = np.stack(self._chunks) if self._chunks else np.zeros((0, CHUNK, ACTION), np.float32)
-        return Recovery(chunks, np.array(self._steps, np.int32), self.history)
+        return Recovery(self._chunks, np.array(self._steps, np.int32), self._history)
 
 
 def _check(recovery: Recovery) -> None:

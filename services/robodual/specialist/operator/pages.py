@@ -8,9 +8,10 @@ from importlib import resources
 from typing import Annotated
 
 import structlog
-from fastapi import APIRouter, HTTPException, Query, Response
+from fastapi import APIRouter, HTTPException, Query, Request, Response
 from starlette.types import Receive, Scope, Send
 
+from robodual.serving.auth import Caller
 from robodual.serving.errors import ResourceExhausted
 from robodual.specialist.operator.observers import Observer, Observers
 
@@ -53,10 +54,11 @@ def events(observers: Observers) -> APIRouter:
 
     @router.get("/events")
     async def look(
+        request: Request,
         session: Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = None,
         page: Annotated[int, Query(ge=1, le=10_000)] = 1,
     ) -> Response:
-        return _Events(observers, session, page)
+        return _Events(observers, request.state.caller, session, page)
 
     return router
 
@@ -66,15 +68,16 @@ class _Events(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, observers: Observers, session: str | None, page: int) -> None:
+    def __init__(self, observers: Observers, caller: Caller, session: str | None, page: int) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["Content-Length"]
         self._observers = observers
+        self._caller = caller
         self._chosen = session, page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._observers.enter(*self._chosen) as observer:
+            with self._observers.enter(self._caller.owner, *self._chosen) as observer:
                 await self._stream(observer, receive, send)
         except ResourceExhausted as error:
             raise HTTPException(429, str(error), {"Retry-After": "2"}) from error
@@ -83,7 +86,7 @@ class _Events(Response):
         gone = asyncio.ensure_future(_disconnect(receive))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            while not self._observers.closed and not gone.done():
+            while not (self._observers.closed or self._caller.withdrawn or gone.done()):
                 report = json.dumps(await observer.report(), allow_nan=False, separators=(",", ":"))
                 event = {"type": "http.response.body", "body": f"data: {report}\n\n".encode(), "more_body": True}
                 await asyncio.wait_for(send(event), STALLED)

@@ -1,0 +1,73 @@
+"""A service whose model answers zeros at once: what is left of a step is the service's own work.
+
+    python -m benchmarks.noop specialist --port 50052 --http-port 8052
+
+Its records are as large as the published ones: hidden states [90, 4096]. Redis and all else come from the environment,
+as with `robodual serve`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from robodual.facts import EngineFacts
+from robodual.generalist import service as generalist
+from robodual.generalist.engine import GeneralistEngine, Thought
+from robodual.serving import server
+from robodual.serving.settings import GeneralistSettings, SpecialistSettings
+from robodual.specialist import service as specialist
+from robodual.specialist.engine import Answer, Features, Projected, Request, SpecialistEngine
+
+LENGTH, WIDTH = 90, 4096
+FACTS = EngineFacts("noop", "none", "cpu", "float32", 0, 0)
+
+
+class NoGeneralist(GeneralistEngine):
+    def __init__(self) -> None:
+        self.facts, self.width = FACTS, WIDTH
+        states = torch.zeros((LENGTH, WIDTH), dtype=torch.bfloat16)
+        self._thought = Thought(np.zeros((8, 7), np.float32), states, 0)
+
+    def think(self, frames: Sequence[object], instructions: Sequence[str], drafts: Sequence[object] = ()) -> list:
+        return [self._thought] * len(frames)
+
+
+class NoSpecialist(SpecialistEngine):
+    def __init__(self) -> None:
+        self.facts, self.width = FACTS, WIDTH
+        self.sensors = ("rgb_static", "rgb_gripper", "depth_static", "depth_gripper", "proprio")
+        self._answer = Answer(np.zeros((8, 7), np.float32), Features(torch.zeros(0)))
+
+    def project(self, hidden_states: torch.Tensor) -> Projected:
+        return Projected(hidden_states, hidden_states[0])
+
+    def act(self, requests: Sequence[Request]) -> list[Answer]:
+        return [self._answer] * len(requests)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until it is told to stop."""
+    parser = argparse.ArgumentParser(prog="benchmarks.noop", description=__doc__.splitlines()[0])
+    parser.add_argument("service", choices=["generalist", "specialist"])
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--http-port", type=int, default=0)
+    for ignored in ("--profile", "--device"):
+        parser.add_argument(ignored, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    ports = {"port": options.port, "http_port": options.http_port}
+    if options.service == "generalist":
+        settings = GeneralistSettings(**ports)
+        server.run(settings, generalist.serving(settings, NoGeneralist()))
+    else:
+        chosen = SpecialistSettings(**ports)
+        server.run(chosen, specialist.serving(chosen, NoSpecialist()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
