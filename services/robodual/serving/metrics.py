@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -57,7 +57,7 @@ class Metrics:
 
         self.device_memory = Gauge(
             "robodual_device_memory_bytes",
-            "Memory of the GPU: allocated and reserved by this process, in use by all, and there.",
+            "Memory of a GPU: allocated and reserved by this process, used by all, and in total.",
             ["device", "kind"],
             registry=registry,
         )
@@ -67,26 +67,21 @@ class Metrics:
         self.stage = functools.cache(self.stages.labels)
         self.request = functools.cache(self.requests.labels)
 
-    def watch_memory(self, devices: Sequence[str]) -> None:
-        """Has `device_memory` asked for whenever it is shown, of those `devices` that are GPUs."""
-        for device in dict.fromkeys(devices):
+    def watch_memory(self, *devices: str) -> None:
+        """Has `device_memory` asked for whenever it is shown, for those of `devices` that are GPUs."""
+        for device in devices:
             if device.startswith("cuda"):
-                for kind, read in MEMORY.items():
-                    self.device_memory.labels(device, kind).set_function(functools.partial(read, device))
+                for kind, ask in _MEMORY.items():
+                    self.device_memory.labels(device, kind).set_function(functools.partial(ask, device))
 
     def exposition(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
-def _used(device: str) -> int:
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free
-
-
-MEMORY: dict[str, Callable[[str], int]] = {
+_MEMORY: dict[str, Callable[[str], float]] = {
     "allocated": torch.cuda.memory_allocated,
     "reserved": torch.cuda.memory_reserved,
-    "used": _used,
+    "used": lambda device: torch.cuda.mem_get_info(device)[1] - torch.cuda.mem_get_info(device)[0],
     "total": lambda device: torch.cuda.mem_get_info(device)[1],
 }
