@@ -337,7 +337,7 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
         facts = together([model.facts for model in models])
         facts = replace(facts, details={**facts.details, "only": settings.only or "no"})
         info = describe("specialist", facts, models[0].sensors)
-        metrics.watch_memory(facts.device.split(","))
+        metrics.watch_memory(*facts.device.split(","))
         service = SpecialistService(settings, batchers, sessions, feed, info, metrics)
         endpoints.open(service, info, end_streams=service.end_streams)
         cleanup.push_async_callback(endpoints.drain)
