@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import sys
-import time
 from pathlib import Path
 
 from browser import Browser
@@ -18,7 +17,6 @@ from robodual.pair import Options, Pair
 
 SIZE = (1400, 900)
 SCHEME = "dark"
-WATCHED = 14  # seconds, for plots that are full
 COLOURS = 200
 
 
@@ -34,8 +32,9 @@ def main(path: Path) -> None:
         browser.until("document.querySelector('[data-session=bench-1]')")
         browser.click("[data-session=bench-1] button")
         browser.until("document.querySelector('#facts').innerText.includes('bench-1')")
-        time.sleep(WATCHED)
-        browser.until("Number(document.querySelector('#facts').innerText.match(/step (\\d+)/)[1]) > 50", seconds=300)
+        # Late in its second episode, when all lines are long.
+        late = "/episode 2[^]*step 5\\d/.test(document.querySelector('#facts').innerText)"
+        browser.until(late, seconds=300)
         with Image.open(io.BytesIO(browser.picture())) as image:
             image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
 

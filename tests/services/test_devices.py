@@ -38,7 +38,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Watched(SpecialistEngine):
-    """An engine on a device of its own: it is answered for nothing that another one keeps."""
+    """An engine on a device of its own: it is given no conditioning and no features of another."""
 
     def __init__(self) -> None:
         plain = load_specialist("toy", device="cpu")
@@ -53,15 +53,12 @@ class Watched(SpecialistEngine):
 
     def act(self, requests: Sequence[Request]) -> list[Answer]:
         for request in requests:
-            kept = [request.conditioning, request.previous]
-            assert all(any(thing is mine for mine in self.own) for thing in kept if not self._travels(thing))
+            assert any(request.conditioning is mine for mine in self.own)
+            assert not isinstance(request.previous, Features) or any(request.previous is mine for mine in self.own)
         answers = super().act(requests)
         self.own += [answer.features for answer in answers]
         self.steps += len(requests)
         return answers
-
-    def _travels(self, thing: object) -> bool:
-        return not isinstance(thing, Features | Projected)
 
 
 async def drive(replica: Replica, store: Store, steps: int) -> dict[str, list[wire.ActResponse]]:

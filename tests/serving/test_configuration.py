@@ -116,6 +116,15 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/absent.toml cannot be read" in refused("--config", f"{tmp_path}/absent.toml")
 
 
+def test_a_service_does_not_start_on_a_file_that_it_does_not_understand(file: Path) -> None:
+    file.write_text("[specialist]\nprot = 1")
+
+    result = CliRunner().invoke(app, ["serve", "specialist", "--config", str(file)])
+
+    assert result.exit_code == 2
+    assert "prot in [specialist] is no setting" in result.output
+
+
 def test_a_value_that_is_wrong_is_told_with_where_it_stands(file: Path) -> None:
     file.write_text("[specialist]\nmax_sessions = 'many'")
 

@@ -76,7 +76,7 @@ def add_services(group: Any) -> None:
         help="or dns:///NAME:PORT for replicas (127.0.0.1:50052)",
     )
     group.add_argument("--schedule", default="published", help="published, every-N or async (published)")
-    group.add_argument("--traces", metavar="URL", help="OTLP/HTTP collector for a trace of each step (none)")
+    group.add_argument("--otlp", metavar="URL", help="collector that gets a trace of each step (none)")
     group.add_argument("--tls", action="store_true", help="connect with TLS")
     group.add_argument("--tls-ca", metavar="FILE", help="PEM file of who signed the services' certificates")
 
@@ -84,8 +84,8 @@ def add_services(group: Any) -> None:
 def services(given: argparse.Namespace) -> dict[str, Any]:
     """The options of the policy `services` that the flags of `add_services` ask for."""
     options = {"generalist": given.generalist, "specialist": given.specialist, "schedule": given.schedule}
-    if given.traces:
-        options["traces"] = given.traces
+    if given.otlp:
+        options["traces"] = given.otlp
     if given.tls or given.tls_ca:
         options["tls"] = {"ca": given.tls_ca} if given.tls_ca else True
     return options

@@ -139,7 +139,7 @@ async def serving(settings: GeneralistSettings, *engines: GeneralistEngine) -> A
         cleanup.push_async_callback(background.close)
         facts = together([model.facts for model in models])
         info = describe("generalist", facts, ["rgb_static"])
-        metrics.watch_memory(facts.device.split(","))
+        metrics.watch_memory(*facts.device.split(","))
         leases = Leases(most=settings.max_sessions_per_token, ttl=settings.conditioning_ttl)
         endpoints.open(GeneralistService(batchers, store, leases, info, metrics), info)
         cleanup.push_async_callback(endpoints.drain)

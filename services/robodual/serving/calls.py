@@ -121,9 +121,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _count(self, method: str, code: grpc.StatusCode, message: str) -> None:
         self._metrics.request(method, code.name).inc()
-        bound = structlog.contextvars.get_contextvars()
-        session, owner = bound.get("session", ""), bound.get("token", "")
-        self._metrics.problems.add(Problem(time.time(), method, code.name, session, owner, message))
+        said = structlog.contextvars.get_contextvars()
+        session, owner = said.get("session", ""), said.get("token", auth.NOBODY)
+        self._metrics.problems.add(Problem(time.time(), method, code.name, owner, session, message))
 
 
 class _Messages:

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request,
 from google.protobuf.json_format import MessageToDict
 
 import robodual
-from robodual.serving.auth import Authenticator
+from robodual.serving.auth import NOBODY, Authenticator
 from robodual.serving.errors import ResourceExhausted
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
@@ -44,14 +44,14 @@ def application(
     app = FastAPI(title="RoboDual Serve", version=robodual.__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
     def authorized(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
-        if authenticator.caller(None) is not None and _is_rebound(request):
-            # A page of any site may have its name stand for 127.0.0.1: without tokens, that would be all it takes.
-            raise HTTPException(403, "expected a Host of this machine (localhost), as long as no tokens are set")
         caller = authenticator.caller(authorization)
         if caller is None:
             raise HTTPException(
                 401, "expected the header 'Authorization: Bearer TOKEN'", {"WWW-Authenticate": "Bearer"}
             )
+        if caller.owner == NOBODY and _is_rebound(request):
+            # A page of any site may have its name stand for 127.0.0.1: without tokens, that would be all it takes.
+            raise HTTPException(403, "expected a Host of this machine (localhost), as long as no tokens are set")
         try:
             caller.admit()
         except ResourceExhausted as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter as Counted
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,8 @@ class Problem:
     at: float  # seconds since the epoch
     method: str
     code: str
+    owner: str  # of the token that was shown, if one was
     session: str  # "" where it had not been read yet
-    owner: str  # of the token that it came with; "" without one
     message: str
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class Metrics:
 
         self.device_memory = Gauge(
             "robodual_device_memory_bytes",
-            "Memory of the GPU: allocated and reserved by this process, in use by all, and there.",
+            "Memory of a GPU: allocated and reserved by this process, used by all, and in total.",
             ["device", "kind"],
             registry=registry,
         )
@@ -89,12 +89,12 @@ class Metrics:
         self.stage = functools.cache(self.stages.labels)
         self.request = functools.cache(self.requests.labels)
 
-    def watch_memory(self, devices: Sequence[str]) -> None:
-        """Has `device_memory` asked for whenever it is shown, of those `devices` that are GPUs."""
-        for device in dict.fromkeys(devices):
+    def watch_memory(self, *devices: str) -> None:
+        """Has `device_memory` asked for whenever it is shown, for those of `devices` that are GPUs."""
+        for device in devices:
             if device.startswith("cuda"):
-                for kind, read in MEMORY.items():
-                    self.device_memory.labels(device, kind).set_function(functools.partial(read, device))
+                for kind, ask in _MEMORY.items():
+                    self.device_memory.labels(device, kind).set_function(functools.partial(ask, device))
 
     def answered(self) -> Counted[str]:
         """Calls so far by status."""
@@ -112,19 +112,14 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _used(device: str) -> int:
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free
-
-
-MEMORY: dict[str, Callable[[str], int]] = {
-    "allocated": torch.cuda.memory_allocated,
-    "reserved": torch.cuda.memory_reserved,
-    "used": _used,
-    "total": lambda device: torch.cuda.mem_get_info(device)[1],
-}
-
-
 def _samples(metric: Counter | Gauge) -> list[tuple[dict[str, str], float]]:
     samples = (sample for family in metric.collect() for sample in family.samples)
     return [(sample.labels, sample.value) for sample in samples if not sample.name.endswith("_created")]
+
+
+_MEMORY: dict[str, Callable[[str], float]] = {
+    "allocated": torch.cuda.memory_allocated,
+    "reserved": torch.cuda.memory_reserved,
+    "used": lambda device: torch.cuda.mem_get_info(device)[1] - torch.cuda.mem_get_info(device)[0],
+    "total": lambda device: torch.cuda.mem_get_info(device)[1],
+}

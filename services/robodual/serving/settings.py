@@ -184,9 +184,17 @@ class SpecialistSettings(Settings):
     http_port: Port = 8052
     max_sessions: Count = 256
     session_ttl: Seconds = Field(300.0, description="seconds without a request after which a session is closed")
+    operators: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="names of tokens that show every session on the operator's page; comma-separated"
+    )
     max_wait: Seconds = Field(10.0, description="seconds to wait for min_conditioning where a call has no deadline")
     degraded_age_steps: int = Field(16, ge=0, description="a conditioning older than this makes answers degraded")
     max_age_steps: int = Field(64, ge=0, description="a conditioning older than this is not used")
+
+    @field_validator("operators", mode="before")
+    @classmethod
+    def _split_operators(cls, value: object) -> object:
+        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
 TABLES = {kind.service: kind for kind in (Settings, GeneralistSettings, SpecialistSettings)}

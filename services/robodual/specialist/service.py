@@ -35,7 +35,7 @@ from robodual.specialist.feed import Feed
 from robodual.specialist.operator.observers import Observers
 from robodual.specialist.operator.pages import events, files
 from robodual.specialist.sessions import Conditioned, Session, Sessions
-from robodual.specialist.trace import Reference, Step
+from robodual.specialist.view import Reference, Step
 from robodual_client import tensors, wire
 
 logger = structlog.get_logger(__name__)
@@ -211,9 +211,9 @@ class SpecialistService:
             recovery=observation.recovery_state(episode, step, session.seed, session.window, session.control),
             timings=timings.messages(),
         )
-        if session.trace is not None:
+        if session.view is not None:
             taken = Step(episode, step, action, age, degraded, timings.stages)
-            session.trace.note(taken, frame, Reference(*version, conditioned.reference_actions))
+            session.view.note(taken, frame, Reference(*version, conditioned.reference_actions))
         return session.answer
 
     def _check_order(self, session: Session, request: wire.ActRequest) -> None:
@@ -319,11 +319,10 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
         most_of_one=settings.max_sessions_per_token,
         ttl=settings.session_ttl,
         metrics=metrics,
-        engines=len(engines or settings.places),
+        engines=len(engines) or len(settings.places),
     )
-    observers = Observers(sessions, metrics, readiness)
-    pages = Pages(public=files(), guarded=events(observers))
-    endpoints = Server(settings, readiness, metrics, pages)
+    observers = Observers(sessions, metrics, readiness, operators=settings.operators)
+    endpoints = Server(settings, readiness, metrics, Pages(public=files(), guarded=events(observers)))
     async with contextlib.AsyncExitStack() as cleanup:
         cleanup.push_async_callback(store.close)
         await endpoints.start()
@@ -358,7 +357,7 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
         facts = together([model.facts for model in models])
         facts = replace(facts, details={**facts.details, "only": settings.only or "no"})
         info = describe("specialist", facts, models[0].sensors)
-        metrics.watch_memory(facts.device.split(","))
+        metrics.watch_memory(*facts.device.split(","))
         service = SpecialistService(settings, batchers, sessions, feed, info, metrics)
         endpoints.open(service, info, end_streams=service.end_streams)
         cleanup.push_async_callback(endpoints.drain)

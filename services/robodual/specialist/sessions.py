@@ -16,7 +16,7 @@ from robodual.serving.errors import PermissionDenied, ResourceExhausted
 from robodual.serving.metrics import Metrics
 from robodual.specialist.control import ControlLoop, Window
 from robodual.specialist.engine import Features, Projected
-from robodual.specialist.trace import Trace
+from robodual.specialist.view import View
 from robodual_client import wire
 
 KEPT = 2  # conditionings a session: one may be of a frame that its steps have not reached
@@ -66,8 +66,8 @@ class Session:
         self.previous: Features | NDArray[np.uint8] | None = None
         self.answer: wire.ActResponse | None = None
         self.refused: Refused | None = None  # the newest, if a conditioning was
+        self.view: View | None = None  # of its steps, while somebody looks
         self.traced = NEVER  # the latest conditioning that is in a trace
-        self.trace: Trace | None = None  # of its steps, while somebody looks
         self.spoiled = 0  # records in the store that could not be read
         self.client = 0  # who began the episode; 0: it did not say
         self._kept: list[Conditioned] = []

@@ -1,6 +1,6 @@
 """Those who look at the sessions, and what each is told.
 
-Nothing is kept for them while nobody looks: a session's trace begins when its first observer comes, and is dropped when
+Nothing is kept for them while nobody looks: a session's view begins when its first observer comes, and is dropped when
 the last one goes.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,12 +18,11 @@ from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
 from robodual.specialist.operator.pictures import Pictures
 from robodual.specialist.sessions import NEVER, Session, Sessions
-from robodual.specialist.trace import Reference, Step, Trace
+from robodual.specialist.view import Reference, Step, View
 
 MOST = 8  # observers at a time
 INTERVAL = 0.2  # seconds between two reports
 ROWS = 20  # sessions a page
-OPERATOR = "operator"  # the owner who sees the sessions of all
 
 
 @dataclass(eq=False)
@@ -31,7 +30,7 @@ class _Look:
     """One session that is looked at."""
 
     session: Session
-    trace: Trace = field(default_factory=Trace)
+    view: View = field(default_factory=View)
     pictures: Pictures = field(default_factory=Pictures)
     observers: int = 0
 
@@ -39,8 +38,12 @@ class _Look:
 class Observers:
     """Lets a few look at the sessions of a specialist."""
 
-    def __init__(self, sessions: Sessions, metrics: Metrics, readiness: Readiness) -> None:
+    def __init__(
+        self, sessions: Sessions, metrics: Metrics, readiness: Readiness, *, operators: Collection[str] = ()
+    ) -> None:
+        """`operators`: the owners who may look at the sessions of all others too."""
         self.sessions = sessions
+        self.operators = operators
         self.metrics = metrics
         self.readiness = readiness
         self.count = 0
@@ -49,7 +52,9 @@ class Observers:
 
     @contextlib.contextmanager
     def enter(self, owner: str, session: str | None, page: int) -> Iterator[Observer]:
-        """A place for `owner`, who looks at `session` (None: the one that was opened last) and a page of the list.
+        """A place for an observer of `session` (None: the one that was opened last) and of a page of the list.
+
+        Sessions and errors of other owners are not there for one who is no operator.
 
         Raises `ResourceExhausted` if all are taken.
         """
@@ -80,20 +85,20 @@ class Observers:
         look = self._looks.get(session.identity)
         if look is None or look.session is not session:
             look = self._looks[session.identity] = _Look(session)
-            session.trace = look.trace
+            session.view = look.view
         look.observers += 1
         return look
 
     def leave(self, look: _Look) -> None:
         look.observers -= 1
         if not look.observers:
-            look.session.trace = None
+            look.session.view = None
             if self._looks.get(look.session.identity) is look:
                 del self._looks[look.session.identity]
 
 
 class Observer:
-    """One observer, who sees what is its owner's alone, and how much it has been told."""
+    """One observer, and how much it has been told."""
 
     def __init__(self, observers: Observers, owner: str, session: str | None, page: int) -> None:
         self._observers = observers
@@ -117,11 +122,10 @@ class Observer:
         metrics, readiness, sessions = self._observers.metrics, self._observers.readiness, self._observers.sessions
         by_code = metrics.answered()
         problems, self._problems = metrics.problems.since(self._problems), metrics.problems.count
-        listed = [session for session in reversed(sessions.all()) if self._sees(session.owner)]
+        listed = [session for session in reversed(sessions.all()) if self._may_see(session.owner)]
         pages = max(1, -(-len(listed) // ROWS))
         page = min(self._page, pages)
-        chosen = next((s for s in listed if self._wanted in (None, s.identity)), None)
-        self.turn_to(chosen)
+        self.turn_to(next((session for session in listed if self._wanted in (None, session.identity)), None))
         return {
             "ready": readiness.ready,
             "missing": readiness.missing,
@@ -132,7 +136,7 @@ class Observer:
                 "degraded": metrics.value(metrics.degraded),
                 "waiting": metrics.value(metrics.queue_depth),
             },
-            "problems": [asdict(problem) for problem in problems if self._sees(problem.owner)],
+            "problems": [asdict(problem) for problem in problems if self._may_see(problem.owner)],
             "page": page,
             "pages": pages,
             "open": len(listed),
@@ -140,16 +144,16 @@ class Observer:
             "session": None if self._look is None else await self._detail(self._look),
         }
 
-    def _sees(self, owner: str) -> bool:
-        return self._owner in (owner, OPERATOR)
+    def _may_see(self, owner: str) -> bool:
+        return owner == self._owner or self._owner in self._observers.operators
 
     async def _detail(self, look: _Look) -> dict[str, Any]:
-        session, trace = look.session, look.trace
-        steps, self._steps = trace.steps.since(self._steps), trace.steps.count
-        references, self._references = trace.references.since(self._references), trace.references.count
+        session, view = look.session, look.view
+        steps, self._steps = view.steps.since(self._steps), view.steps.count
+        references, self._references = view.references.since(self._references), view.references.count
         pictures: dict[str, str] = {}
-        if trace.frame is not None:
-            self._pictures, pictures = await look.pictures.latest(trace.frame, self._pictures)
+        if view.frame is not None:
+            self._pictures, pictures = await look.pictures.latest(view.frame, self._pictures)
         return {
             **_row(session),
             "conditioning": None if session.newest == NEVER else list(session.newest),

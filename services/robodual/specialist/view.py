@@ -33,7 +33,7 @@ class Reference(NamedTuple):
     actions: NDArray[np.float32]
 
 
-class Trace:
+class View:
     """A session's latest steps and reference chunks, and references to its latest frame: nothing is copied."""
 
     def __init__(self) -> None:
