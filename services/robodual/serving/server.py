@@ -20,7 +20,6 @@ from robodual.serving.calls import CallInterceptor
 from robodual.serving.errors import Unavailable
 from robodual.serving.http import HttpServer, application
 from robodual.serving.logging import configure
-from robodual.serving.memory import share_arenas
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
 from robodual.serving.settings import GeneralistSettings, Settings, SpecialistSettings, is_loopback
@@ -167,7 +166,6 @@ def run(settings: Settings, service: AbstractAsyncContextManager[Server]) -> Non
     missing, a setting or a checkpoint that does not fit.
     """
     configure(settings)
-    share_arenas()
 
     async def main() -> None:
         async with service as server:
