@@ -21,7 +21,6 @@ from robodual.serving.calls import CallInterceptor
 from robodual.serving.errors import Unavailable
 from robodual.serving.http import HttpServer, Pages, application
 from robodual.serving.logging import configure
-from robodual.serving.memory import share_arenas
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Background, Readiness
 from robodual.serving.settings import GeneralistSettings, Settings, SpecialistSettings, is_loopback
@@ -189,7 +188,6 @@ def run(settings: Settings, service: AbstractAsyncContextManager[Server]) -> Non
     missing, a setting or a checkpoint that does not fit.
     """
     configure(settings)
-    share_arenas()
 
     async def main() -> None:
         async with service as server:
