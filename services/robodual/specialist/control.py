@@ -6,6 +6,7 @@ Pure NumPy, and exact: a loop restored from another's recovery state gives the s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -22,8 +23,11 @@ GRIPPER_THRESHOLD = -0.5  # below it the gripper closes
 _WEIGHTS = np.exp(-DECAY * np.arange(CHUNK))
 
 
+@lru_cache(maxsize=1024)
 def noise(seed: int, episode: int, step: int) -> Array:
     """The diffusion's starting sample, float32 [8, 7], standard normal: a function of its three arguments alone.
+
+    Read-only: who asks again gets the same array.
 
     `seed` is a uint64, `episode` and `step` are uint32: together they are Philox's 128-bit key.
 
@@ -34,7 +38,9 @@ def noise(seed: int, episode: int, step: int) -> Array:
         if not 0 <= value < 1 << bits:
             raise ValueError(f"{name} must be 0 to 2**{bits} - 1, not {value}")
     key = np.array([seed, episode << 32 | step], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).standard_normal((CHUNK, ACTION), dtype=np.float32)
+    sample = np.random.Generator(np.random.Philox(key=key)).standard_normal((CHUNK, ACTION), dtype=np.float32)
+    sample.flags.writeable = False
+    return sample
 
 
 def reference_actions(chunk: Array, *, conditioning_step: int, step: int, window: Window) -> Array:
@@ -77,24 +83,34 @@ class ControlLoop:
     """
 
     def __init__(self, recovery: Recovery | None = None) -> None:
-        self._chunks = np.zeros((0, CHUNK, ACTION), np.float32)
+        self._chunks: list[Array] = []
         self._steps: list[int] = []
-        self._history = np.zeros((HISTORY, ACTION), np.float32)
+        self._history = [np.zeros(ACTION, np.float32)] * HISTORY
+        self._prepared: _Prepared | None = None
         if recovery is not None:
             _check(recovery)
-            self._chunks = recovery.chunks.astype(np.float32)
+            self._chunks = [chunk.astype(np.float32) for chunk in recovery.chunks]
             self._steps = [int(step) for step in recovery.chunk_steps]
-            self._history = recovery.history.astype(np.float32)
+            self._history = [action.astype(np.float32) for action in recovery.history]
 
     @property
     def history(self) -> Array:
         """The last 4 executed actions [4, 7], oldest first, zeros in front. The published network does not read it."""
-        return self._history.copy()
+        return np.array(self._history)
 
     @property
     def last_step(self) -> int | None:
         """The latest step that has had its action, or None."""
         return self._steps[-1] if self._steps else None
+
+    def prepare(self, step: int) -> None:
+        """Does ahead what `advance` does for `step` before it looks at the chunk."""
+        ages = [step - at for at in self._steps]
+        passed = sum(age >= CHUNK for age in ages)
+        weights = _WEIGHTS[ages[passed:]]
+        planned = [chunk[age] for chunk, age in zip(self._chunks[passed:], ages[passed:])]
+        total = weights @ np.array(planned, np.float64).reshape(-1, ACTION)
+        self._prepared = _Prepared(step, passed, total, float(weights.sum()))
 
     def advance(self, step: int, chunk: Array) -> Array:
         """The action [7], float32, for `step`, whose diffusion gave `chunk` [8, 7].
@@ -109,21 +125,34 @@ class ControlLoop:
             raise ValueError(f"step must be after {self._steps[-1]}, not {step}")
         if chunk.shape != (CHUNK, ACTION):
             raise ValueError(f"chunk must have shape {(CHUNK, ACTION)}, not {chunk.shape}")
-        passed = sum(step - at >= CHUNK for at in self._steps)
-        self._steps = [*self._steps[passed:], step]
-        self._chunks = np.concatenate((self._chunks[passed:], chunk[None]), dtype=np.float32)
-        ages = [step - at for at in self._steps]
-        planned = self._chunks[range(len(ages)), ages].astype(np.float64)  # [n, 7]
-        weights = _WEIGHTS[ages]
-        mean = (planned * weights[:, None]).sum(axis=0) / weights.sum()
+        if self._prepared is None or self._prepared.step != step:
+            self.prepare(step)
+        earlier = self._prepared
+        self._chunks = [*self._chunks[earlier.passed :], chunk.astype(np.float32)]
+        self._steps = [*self._steps[earlier.passed :], step]
+        mean = (earlier.total + chunk[0]) / (earlier.weight + 1)
         mean[-1] = -1 if mean[-1] < GRIPPER_THRESHOLD else 1
         action: Array = mean.astype(np.float32)
-        self._history = np.concatenate((self._history[1:], action[None]))
+        self._history = [*self._history[1:], action]
         return action
 
     def recovery(self) -> Recovery:
         """The state after the last step: at most 1,937 bytes of values."""
-        return Recovery(self._chunks, np.array(self._steps, np.int32), self._history)
+        return Recovery(
+            np.frombuffer(b"".join(self._chunks), np.float32).reshape(-1, CHUNK, ACTION),
+            np.array(self._steps, np.int32),
+            np.frombuffer(b"".join(self._history), np.float32).reshape(-1, ACTION),
+        )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What the chunks at hand say of `step`, before its own: the first `passed` of them nothing any more."""
+
+    step: int
+    passed: int
+    total: NDArray[np.float64]  # [7], weighted
+    weight: float
 
 
 def _check(recovery: Recovery) -> None:

@@ -192,6 +192,8 @@ class SpecialistService:
             recovery=observation.recovery_state(episode, step, session.seed, session.window, session.control),
             timings=timings.messages(),
         )
+        # Once the answer is on its way, and the robot has something to do.
+        self._loop.call_soon(session.prepare, step + 1)
         return session.answer
 
     def _check_order(self, session: Session, request: wire.ActRequest) -> None:

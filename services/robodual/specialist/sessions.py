@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from robodual.conditioning.record import Version
 from robodual.serving.errors import ResourceExhausted
 from robodual.serving.metrics import Metrics
-from robodual.specialist.control import ControlLoop, Window
+from robodual.specialist.control import ControlLoop, Window, noise
 from robodual.specialist.engine import Features, Projected
 from robodual_client import wire
 
@@ -79,6 +79,11 @@ class Session:
         self.episode, self.seed, self.window = episode, seed, window
         self.control, self.previous, self.answer = control, previous, None
         self._kept = [conditioned for conditioned in self._kept if conditioned.version.episode >= episode]
+
+    def prepare(self, step: int) -> None:
+        """Makes ahead what `step` needs and its frame does not change."""
+        noise(self.seed, self.episode, step)
+        self.control.prepare(step)
 
     def keep(self, conditioned: Conditioned) -> None:
         """Takes in a conditioning, unless it is of an episode gone by or not newer than the newest."""
