@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,6 +29,7 @@ from robodual.specialist import observation
 from robodual.specialist.control import ControlLoop, noise, reference_actions
 from robodual.specialist.engine import Answer, Frame, Request, SpecialistEngine, load_specialist
 from robodual.specialist.feed import Feed
+from robodual.specialist.layouts import Layouts, Received
 from robodual.specialist.sessions import Conditioned, Session, Sessions
 from robodual_client import tensors, wire
 
@@ -58,17 +59,20 @@ class SpecialistService:
         self._feed = feed
         self._info = info
         self._metrics = metrics
-        self._sensors = frozenset(info.sensors)
+        self._layouts = Layouts(info.sensors)
         self._loop = asyncio.get_running_loop()
         self._draining = False
         self._idle_streams: set[asyncio.Task[Any]] = set()
 
-    async def Act(self, request: wire.ActRequest, context: Any) -> wire.ActResponse:
+    @property
+    def readers(self) -> dict[str, Callable[[bytes], Received]]:
+        """What reads the requests of Act and ActStream."""
+        return dict.fromkeys(("Act", "ActStream"), self._layouts.receive)
+
+    async def Act(self, request: Received, context: Any) -> wire.ActResponse:
         return await self._act(request, server.deadline(context))
 
-    async def ActStream(
-        self, requests: AsyncIterator[wire.ActRequest], context: Any
-    ) -> AsyncIterator[wire.ActResponse]:
+    async def ActStream(self, requests: AsyncIterator[Received], context: Any) -> AsyncIterator[wire.ActResponse]:
         stream = asyncio.current_task()
         if stream is None:
             raise RuntimeError("a stream runs in a task")
@@ -117,8 +121,9 @@ class SpecialistService:
         for stream in self._idle_streams:
             stream.cancel()
 
-    async def _act(self, request: wire.ActRequest, deadline: float | None) -> wire.ActResponse:
+    async def _act(self, received: Received, deadline: float | None) -> wire.ActResponse:
         timings = Timings(self._metrics)
+        request = received.message
         identity = fields.session_id(request)
         session = self._sessions.use(identity)
         resumption = None
@@ -140,7 +145,7 @@ class SpecialistService:
             if session.answer is not None and session.progress == (request.episode, request.step):
                 return session.answer
             self._check_order(session, request)
-            frame = await observation.frame(request, self._sensors)
+            frame = await self._layouts.frame(received)
             timings.lap("decode")
             conditioned = await self._conditioning(session, request, deadline)
             timings.lap("wait")
@@ -305,7 +310,7 @@ async def serving(settings: SpecialistSettings, engine: SpecialistEngine | None 
         facts = replace(model.facts, details={**model.facts.details, "only": settings.only or "no"})
         info = describe("specialist", facts, model.sensors)
         service = SpecialistService(settings, batcher, sessions, feed, info, metrics)
-        endpoints.open(service, info, end_streams=service.end_streams)
+        endpoints.open(service, info, readers=service.readers, end_streams=service.end_streams)
         cleanup.push_async_callback(endpoints.drain)
         yield endpoints
 
