@@ -28,7 +28,7 @@ def session_id(request: Any) -> str:
     session: str = request.session_id
     if not _SESSION.fullmatch(session):
         raise InvalidArgument("session_id: expected 1 to 64 characters of [A-Za-z0-9_.-]")
-    labels = {name: getattr(request, name) for name in _labels(type(request))}
+    labels = {name: getattr(request, name) for name in _labels(request.DESCRIPTOR)}
     for name, value in labels.items():
         if value > LAST:
             raise InvalidArgument(f"{name}: expected at most {LAST}, got {value}")
@@ -37,8 +37,8 @@ def session_id(request: Any) -> str:
 
 
 @functools.cache
-def _labels(kind: type[Any]) -> list[str]:
-    return [name for name in _LABELS if name in kind.DESCRIPTOR.fields_by_name]
+def _labels(descriptor: Any) -> list[str]:
+    return [name for name in _LABELS if name in descriptor.fields_by_name]
 
 
 async def image(message: Any, name: str, *, field: str, sides: range) -> NDArray[np.uint8]:

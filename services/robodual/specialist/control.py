@@ -86,7 +86,7 @@ class ControlLoop:
         self._chunks: list[Array] = []
         self._steps: list[int] = []
         self._history = [np.zeros(ACTION, np.float32)] * HISTORY
-        self._prepared: _Prepared | None = None
+        self._planned: _Plan | None = None
         if recovery is not None:
             _check(recovery)
             self._chunks = [chunk.astype(np.float32) for chunk in recovery.chunks]
@@ -105,12 +105,7 @@ class ControlLoop:
 
     def prepare(self, step: int) -> None:
         """Does ahead what `advance` does for `step` before it looks at the chunk."""
-        ages = [step - at for at in self._steps]
-        passed = sum(age >= CHUNK for age in ages)
-        weights = _WEIGHTS[ages[passed:]]
-        planned = [chunk[age] for chunk, age in zip(self._chunks[passed:], ages[passed:])]
-        total = weights @ np.array(planned, np.float64).reshape(-1, ACTION)
-        self._prepared = _Prepared(step, passed, total, float(weights.sum()))
+        self._planned = self._plan(step)
 
     def advance(self, step: int, chunk: Array) -> Array:
         """The action [7], float32, for `step`, whose diffusion gave `chunk` [8, 7].
@@ -125,12 +120,10 @@ class ControlLoop:
             raise ValueError(f"step must be after {self._steps[-1]}, not {step}")
         if chunk.shape != (CHUNK, ACTION):
             raise ValueError(f"chunk must have shape {(CHUNK, ACTION)}, not {chunk.shape}")
-        if self._prepared is None or self._prepared.step != step:
-            self.prepare(step)
-        earlier = self._prepared
-        self._chunks = [*self._chunks[earlier.passed :], chunk.astype(np.float32)]
-        self._steps = [*self._steps[earlier.passed :], step]
-        mean = (earlier.total + chunk[0]) / (earlier.weight + 1)
+        plan = self._planned if self._planned is not None and self._planned.step == step else self._plan(step)
+        self._chunks = [*self._chunks[plan.passed :], chunk.astype(np.float32)]
+        self._steps = [*self._steps[plan.passed :], step]
+        mean = (plan.total + chunk[0]) / (plan.weight + 1)
         mean[-1] = -1 if mean[-1] < GRIPPER_THRESHOLD else 1
         action: Array = mean.astype(np.float32)
         self._history = [*self._history[1:], action]
@@ -138,15 +131,20 @@ class ControlLoop:
 
     def recovery(self) -> Recovery:
         """The state after the last step: at most 1,937 bytes of values."""
-        return Recovery(
-            np.frombuffer(b"".join(self._chunks), np.float32).reshape(-1, CHUNK, ACTION),
-            np.array(self._steps, np.int32),
-            np.frombuffer(b"".join(self._history), np.float32).reshape(-1, ACTION),
-        )
+        chunks = np.array(self._chunks, np.float32).reshape(-1, CHUNK, ACTION)
+        return Recovery(chunks, np.array(self._steps, np.int32), np.array(self._history))
+
+    def _plan(self, step: int) -> _Plan:
+        ages = [step - at for at in self._steps]
+        passed = sum(age >= CHUNK for age in ages)
+        ages = ages[passed:]
+        weights = _WEIGHTS[ages]
+        rows = np.array([chunk[age] for chunk, age in zip(self._chunks[passed:], ages)], np.float64)
+        return _Plan(step, passed, weights @ rows.reshape(-1, ACTION), float(weights.sum()))
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class _Plan:
     """What the chunks at hand say of `step`, before its own: the first `passed` of them nothing any more."""
 
     step: int

@@ -23,14 +23,15 @@ MOST = 8  # layouts that are remembered: robots with the same cameras share one
 
 
 class Layout:
-    """A request's observation as robodual_client writes it, at the end: the bytes around its arrays, and their places."""
+    """A request's observation as robodual_client writes it, last: the bytes around its arrays, and their places."""
 
     def __init__(self, frame: Frame, sensors: Sequence[str]) -> None:
         """Of the request that `frame` came in, if a robodual_client wrote it; `sensors` in the order of GetInfo."""
         numbers = wire.Observation.DESCRIPTOR.fields_by_name
         arrays = {name: getattr(frame, name) for name in ("rgb_static", *sensors)}
         serialised = client.Frame(
-            (numbers[name].number, _COLOUR.get(name, client.tensor_buffers)(array)) for name, array in arrays.items()
+            (numbers[name].number, client.image_buffers(array) if name in _COLOUR else client.tensor_buffers(array))
+            for name, array in arrays.items()
         )
         pieces, named = serialised.pieces(), iter(arrays.items())
         self._size = sum(map(len, pieces))
@@ -66,7 +67,7 @@ class Layout:
         return Frame(**_NOTHING | arrays)
 
 
-_COLOUR = {"rgb_static": client.image_buffers, "rgb_gripper": client.image_buffers}
+_COLOUR = ("rgb_static", "rgb_gripper")
 _NOTHING: dict[str, Any] = dict.fromkeys(Frame.__dataclass_fields__)
 
 

@@ -17,7 +17,7 @@ from robodual_client import tensors, wire
 
 SIDES = range(8, 1025)
 LIMIT = 1e4  # of any value, in metres or radians: far from any robot, and from overflow in 16 bits
-# Floats from 0 on are in the order of their bits, and all others' bits are above: one look at the bits passes a depth map.
+# Floats from 0 on are in the order of their bits, and others' bits are above: one look at its bits passes a depth map.
 _LIMIT_BITS = np.float32(LIMIT).view(np.uint32)
 TACTILE = (160, 120, 6)
 STEPS = range(1, 9)
@@ -25,10 +25,6 @@ WINDOWS: dict[int, Window] = {
     wire.REFERENCE_WINDOW_UNSPECIFIED: "published",
     wire.REFERENCE_WINDOW_PUBLISHED: "published",
     wire.REFERENCE_WINDOW_AGE: "age",
-}
-WINDOW_NUMBERS: dict[Window, wire.ReferenceWindow] = {
-    "published": wire.REFERENCE_WINDOW_PUBLISHED,
-    "age": wire.REFERENCE_WINDOW_AGE,
 }
 
 
@@ -96,20 +92,6 @@ async def resumption(request: wire.ActRequest) -> Resumption:
     previous = await fields.image(request, "previous_rgb_static", field="previous_rgb_static", sides=SIDES)
     chosen = window(state.reference_window, "recovery.reference_window")
     return Resumption(state.episode, state.step, state.seed, chosen, control, previous)
-
-
-def recovery_state(episode: int, step: int, seed: int, chosen: Window, control: ControlLoop) -> wire.RecoveryState:
-    """What `resumption` reads."""
-    recovery = control.recovery()
-    return wire.RecoveryState(
-        episode=episode,
-        step=step,
-        seed=seed,
-        reference_window=WINDOW_NUMBERS[chosen],
-        chunks=tensors.encode(recovery.chunks),
-        chunk_steps=tensors.encode(recovery.chunk_steps),
-        history=tensors.encode(recovery.history),
-    )
 
 
 def _tensor(message: Any, name: str, parent: str, dtype: DTypeLike, shape: Sequence[tensors.Dimension]) -> NDArray[Any]:

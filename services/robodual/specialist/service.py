@@ -25,13 +25,13 @@ from robodual.serving.readiness import Background, Readiness
 from robodual.serving.server import Server
 from robodual.serving.settings import SpecialistSettings
 from robodual.serving.timings import Timings
-from robodual.specialist import observation
+from robodual.specialist import answers, observation
 from robodual.specialist.control import ControlLoop, noise, reference_actions
 from robodual.specialist.engine import Answer, Frame, Request, SpecialistEngine, load_specialist
 from robodual.specialist.feed import Feed
 from robodual.specialist.layouts import Layouts, Received
 from robodual.specialist.sessions import Conditioned, Session, Sessions
-from robodual_client import tensors, wire
+from robodual_client import wire
 
 logger = structlog.get_logger(__name__)
 
@@ -181,25 +181,27 @@ class SpecialistService:
                 raise RuntimeError("the model gave values that are not finite")
             session.previous = done.answer.features
         action = session.control.advance(step, chunk)
-        age = step - version.step
-        degraded = not self._feed.up or age > self._settings.degraded_age_steps
-        self._metrics.conditioning_age.observe(age)
-        if degraded:
-            self._metrics.degraded.inc()
-        session.answer = wire.ActResponse(
-            episode=episode,
-            step=step,
-            action=tensors.encode(action),
-            chunk=tensors.encode(chunk),
-            conditioning=wire.Version(episode=version.episode, step=version.step),
-            age=age,
+        degraded = not self._feed.up or step - version.step > self._settings.degraded_age_steps
+        answer = session.draft(step)
+        answers.complete(
+            answer,
+            action=action,
+            chunk=chunk,
+            conditioning=version,
             degraded=degraded,
-            recovery=observation.recovery_state(episode, step, session.seed, session.window, session.control),
-            timings=timings.messages(),
+            control=session.control,
         )
-        # Once the answer is on its way, and the robot has something to do.
-        self._loop.call_soon(session.prepare, step + 1)
-        return session.answer
+        answer.timings.extend(timings.messages())
+        session.answer = answer
+        # Once it is on its way, and the robot has something to do.
+        self._loop.call_soon(self._follow_up, session, answer)
+        return answer
+
+    def _follow_up(self, session: Session, answer: wire.ActResponse) -> None:
+        self._metrics.conditioning_age.observe(answer.age)
+        if answer.degraded:
+            self._metrics.degraded.inc()
+        session.prepare(answer.step + 1)
 
     def _check_order(self, session: Session, request: wire.ActRequest) -> None:
         episode, step = session.progress

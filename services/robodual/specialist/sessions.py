@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from robodual.conditioning.record import Version
 from robodual.serving.errors import ResourceExhausted
 from robodual.serving.metrics import Metrics
+from robodual.specialist import answers
 from robodual.specialist.control import ControlLoop, Window, noise
 from robodual.specialist.engine import Features, Projected
 from robodual_client import wire
@@ -56,6 +57,7 @@ class Session:
         self.answer: wire.ActResponse | None = None
         self.refused: Refused | None = None  # the newest, if a conditioning was
         self._kept: list[Conditioned] = []
+        self._draft: wire.ActResponse | None = None
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -77,13 +79,21 @@ class Session:
     ) -> None:
         """Goes on with `episode` where `control` is, with the static frame of the step before."""
         self.episode, self.seed, self.window = episode, seed, window
-        self.control, self.previous, self.answer = control, previous, None
+        self.control, self.previous, self.answer, self._draft = control, previous, None, None
         self._kept = [conditioned for conditioned in self._kept if conditioned.version.episode >= episode]
 
     def prepare(self, step: int) -> None:
         """Makes ahead what `step` needs and its frame does not change."""
         noise(self.seed, self.episode, step)
         self.control.prepare(step)
+        self._draft = answers.draft(self.episode, step, self.seed, self.window)
+
+    def draft(self, step: int) -> wire.ActResponse:
+        """The answer to `step` without its values, to be completed."""
+        draft, self._draft = self._draft, None
+        if draft is None or draft.step != step:
+            return answers.draft(self.episode, step, self.seed, self.window)
+        return draft
 
     def keep(self, conditioned: Conditioned) -> None:
         """Takes in a conditioning, unless it is of an episode gone by or not newer than the newest."""
