@@ -20,8 +20,6 @@ Array = NDArray[np.float32]
 DECAY = 0.1  # an action that was planned n steps ago weighs exp(-DECAY * n)
 GRIPPER_THRESHOLD = -0.5  # below it the gripper closes
 
-_WEIGHTS = np.exp(-DECAY * np.arange(CHUNK))
-
 
 @lru_cache(maxsize=1024)
 def noise(seed: int, episode: int, step: int) -> Array:
@@ -83,29 +81,27 @@ class ControlLoop:
     """
 
     def __init__(self, recovery: Recovery | None = None) -> None:
-        self._chunks: list[Array] = []
-        self._steps: list[int] = []
-        self._history = [np.zeros(ACTION, np.float32)] * HISTORY
+        if recovery is None:
+            chunks, steps = np.zeros((0, CHUNK, ACTION), np.float32), np.zeros(0, np.int32)
+            recovery = Recovery(chunks, steps, np.zeros((HISTORY, ACTION), np.float32))
+        _check(recovery)
+        self._state = recovery
         self._planned: _Plan | None = None
-        if recovery is not None:
-            _check(recovery)
-            self._chunks = [chunk.astype(np.float32) for chunk in recovery.chunks]
-            self._steps = [int(step) for step in recovery.chunk_steps]
-            self._history = [action.astype(np.float32) for action in recovery.history]
 
     @property
     def history(self) -> Array:
         """The last 4 executed actions [4, 7], oldest first, zeros in front. The published network does not read it."""
-        return np.array(self._history)
+        return self._state.history.copy()
 
     @property
     def last_step(self) -> int | None:
         """The latest step that has had its action, or None."""
-        return self._steps[-1] if self._steps else None
+        steps = self._state.chunk_steps
+        return int(steps[-1]) if len(steps) else None
 
     def prepare(self, step: int) -> None:
         """Does ahead what `advance` does for `step` before it looks at the chunk."""
-        self._planned = self._plan(step)
+        self._planned = _Plan(self._state, step)
 
     def advance(self, step: int, chunk: Array) -> Array:
         """The action [7], float32, for `step`, whose diffusion gave `chunk` [8, 7].
@@ -116,41 +112,45 @@ class ControlLoop:
         Raises:
             ValueError: if `step` is not after the last one, or the chunk has another shape.
         """
-        if self._steps and step <= self._steps[-1]:
-            raise ValueError(f"step must be after {self._steps[-1]}, not {step}")
+        last = self.last_step
+        if last is not None and step <= last:
+            raise ValueError(f"step must be after {last}, not {step}")
         if chunk.shape != (CHUNK, ACTION):
             raise ValueError(f"chunk must have shape {(CHUNK, ACTION)}, not {chunk.shape}")
-        plan = self._planned if self._planned is not None and self._planned.step == step else self._plan(step)
-        self._chunks = [*self._chunks[plan.passed :], chunk.astype(np.float32)]
-        self._steps = [*self._steps[plan.passed :], step]
+        planned, self._planned = self._planned, None
+        plan = planned if planned is not None and planned.step == step else _Plan(self._state, step)
         mean = (plan.total + chunk[0]) / (plan.weight + 1)
         mean[-1] = -1 if mean[-1] < GRIPPER_THRESHOLD else 1
         action: Array = mean.astype(np.float32)
-        self._history = [*self._history[1:], action]
+        self._state = plan.following
+        self._state.chunks[-1], self._state.history[-1] = chunk, action
         return action
 
     def recovery(self) -> Recovery:
         """The state after the last step: at most 1,937 bytes of values."""
-        chunks = np.array(self._chunks, np.float32).reshape(-1, CHUNK, ACTION)
-        return Recovery(chunks, np.array(self._steps, np.int32), np.array(self._history))
-
-    def _plan(self, step: int) -> _Plan:
-        ages = [step - at for at in self._steps]
-        passed = sum(age >= CHUNK for age in ages)
-        ages = ages[passed:]
-        weights = _WEIGHTS[ages]
-        rows = np.array([chunk[age] for chunk, age in zip(self._chunks[passed:], ages)], np.float64)
-        return _Plan(step, passed, weights @ rows.reshape(-1, ACTION), float(weights.sum()))
+        return self._state
 
 
-@dataclass(frozen=True)
 class _Plan:
-    """What the chunks at hand say of `step`, before its own: the first `passed` of them nothing any more."""
+    """What is known of `step` before its chunk.
 
-    step: int
-    passed: int
-    total: NDArray[np.float64]  # [7], weighted
-    weight: float
+    `total` [7] and `weight` are the sums of what earlier chunks plan for it, weighted, and of the weights; `following`
+    is the state after it, with room for its chunk and its action.
+    """
+
+    def __init__(self, state: Recovery, step: int) -> None:
+        covering = state.chunk_steps > step - CHUNK
+        chunks, steps = state.chunks[covering], state.chunk_steps[covering]
+        ages = step - steps
+        weights = np.exp(-DECAY * ages)
+        self.step = step
+        self.total = weights @ chunks[np.arange(len(ages)), ages].astype(np.float64)
+        self.weight = float(weights.sum())
+        self.following = Recovery(
+            np.concatenate((chunks, np.zeros((1, CHUNK, ACTION), np.float32))),
+            np.concatenate((steps, np.array([step], np.int32))),
+            np.concatenate((state.history[1:], np.zeros((1, ACTION), np.float32))),
+        )
 
 
 def _check(recovery: Recovery) -> None:

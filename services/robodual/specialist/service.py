@@ -201,7 +201,8 @@ class SpecialistService:
         self._metrics.conditioning_age.observe(answer.age)
         if answer.degraded:
             self._metrics.degraded.inc()
-        session.prepare(answer.step + 1)
+        if answer.step < fields.LAST:
+            session.prepare(answer.step + 1)
 
     def _check_order(self, session: Session, request: wire.ActRequest) -> None:
         episode, step = session.progress
