@@ -37,12 +37,7 @@ def encode(array: npt.NDArray[Any]) -> wire.Tensor:
     dtype = array.dtype.newbyteorder("<")
     if dtype not in _WIRE:
         raise ValueError(f"an array of {array.dtype} cannot travel; use one of {', '.join(map(str, _WIRE))}")
-    return wire.Tensor(dtype=_WIRE[dtype], shape=array.shape, data=data(array))
-
-
-def data(array: npt.NDArray[Any]) -> bytes:
-    """The values of `array` as they travel: in C order, little-endian."""
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    return wire.Tensor(dtype=_WIRE[dtype], shape=array.shape, data=array.astype(dtype, copy=False).tobytes())
 
 
 def decode(tensor: wire.Tensor, *, field: str, dtype: npt.DTypeLike, shape: Sequence[Dimension]) -> npt.NDArray[Any]:
@@ -62,12 +57,12 @@ def decode(tensor: wire.Tensor, *, field: str, dtype: npt.DTypeLike, shape: Sequ
         raise ValueError(f"{field}: must have {len(shape)} dimensions, {_spell(shape)}, got {len(sizes)}")
     if sizes != shape and not all(map(_fits, sizes, shape)):
         raise ValueError(f"{field}: shape must be {_spell(shape)}, got {_spell(sizes)}")
-    values = tensor.data
+    data = tensor.data
     size = math.prod(sizes) * expected.itemsize  # Python integers: a product of 32-bit sizes cannot wrap
-    if len(values) != size:
-        raise ValueError(f"{field}: shape {_spell(sizes)} needs {size} bytes of data, got {len(values)}")
+    if len(data) != size:
+        raise ValueError(f"{field}: shape {_spell(sizes)} needs {size} bytes of data, got {len(data)}")
     try:
-        return np.ndarray(sizes, expected, values)
+        return np.ndarray(sizes, expected, data)
     except ValueError as error:  # [0, 4e9, 4e9] is empty, yet no array can have that shape
         raise ValueError(f"{field}: {error}") from error
 
@@ -88,11 +83,11 @@ def decode_image(image: wire.Image, *, field: str) -> npt.NDArray[np.uint8]:
     if image.encoding != wire.IMAGE_ENCODING_RAW_RGB8:
         raise ValueError(f"{field}: encoding must be IMAGE_ENCODING_RAW_RGB8, got {image.encoding}")
     check_sides(image, field=field)
-    values = image.data
+    data = image.data
     size = image.height * image.width * 3
-    if len(values) != size:
-        raise ValueError(f"{field}: {image.height}x{image.width} RGB needs {size} bytes of data, got {len(values)}")
-    return np.ndarray((image.height, image.width, 3), np.uint8, values)
+    if len(data) != size:
+        raise ValueError(f"{field}: {image.height}x{image.width} RGB needs {size} bytes of data, got {len(data)}")
+    return np.ndarray((image.height, image.width, 3), np.uint8, data)
 
 
 def check_sides(image: wire.Image, *, field: str) -> None:

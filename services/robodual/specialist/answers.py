@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from robodual.conditioning.record import Version
 from robodual.specialist.control import ControlLoop, Window
-from robodual_client import tensors, wire
+from robodual_client import wire
 
 WINDOWS: dict[Window, wire.ReferenceWindow] = {
     "published": wire.REFERENCE_WINDOW_PUBLISHED,
@@ -35,24 +32,16 @@ def draft(episode: int, step: int, seed: int, window: Window) -> wire.ActRespons
     )
 
 
-def complete(
-    answer: wire.ActResponse,
-    *,
-    action: NDArray[np.float32],
-    chunk: NDArray[np.float32],
-    conditioning: Version,
-    degraded: bool,
-    control: ControlLoop,
-) -> None:
+def complete(answer: wire.ActResponse, control: ControlLoop, conditioning: Version, *, degraded: bool) -> None:
     """Puts in what the step gave; `control` has advanced by it."""
-    answer.action.data = tensors.data(action)
-    answer.chunk.data = tensors.data(chunk)
+    state, recovery = control.recovery(), answer.recovery
+    answer.action.data = state.history[-1].tobytes()
+    answer.chunk.data = state.chunks[-1].tobytes()
     answer.conditioning.episode, answer.conditioning.step = conditioning
     answer.age = answer.step - conditioning.step
     answer.degraded = degraded
-    state, recovery = control.recovery(), answer.recovery
     recovery.chunks.shape.extend(state.chunks.shape)
-    recovery.chunks.data = tensors.data(state.chunks)
+    recovery.chunks.data = state.chunks.tobytes()
     recovery.chunk_steps.shape.extend(state.chunk_steps.shape)
-    recovery.chunk_steps.data = tensors.data(state.chunk_steps)
-    recovery.history.data = tensors.data(state.history)
+    recovery.chunk_steps.data = state.chunk_steps.tobytes()
+    recovery.history.data = state.history.tobytes()

@@ -16,6 +16,7 @@ from robodual.specialist.config import ACTION, CHUNK, HISTORY
 
 Window = Literal["published", "age"]
 Array = NDArray[np.float32]
+FLOAT, INT = np.dtype("<f4"), np.dtype("<i4")  # as on the wire
 
 DECAY = 0.1  # an action that was planned n steps ago weighs exp(-DECAY * n)
 GRIPPER_THRESHOLD = -0.5  # below it the gripper closes
@@ -82,8 +83,9 @@ class ControlLoop:
 
     def __init__(self, recovery: Recovery | None = None) -> None:
         if recovery is None:
-            chunks, steps = np.zeros((0, CHUNK, ACTION), np.float32), np.zeros(0, np.int32)
-            recovery = Recovery(chunks, steps, np.zeros((HISTORY, ACTION), np.float32))
+            recovery = Recovery(
+                np.zeros((0, CHUNK, ACTION), FLOAT), np.zeros(0, INT), np.zeros((HISTORY, ACTION), FLOAT)
+            )
         _check(recovery)
         self._state = recovery
         self._planned: _Plan | None = None
@@ -119,9 +121,9 @@ class ControlLoop:
             raise ValueError(f"chunk must have shape {(CHUNK, ACTION)}, not {chunk.shape}")
         planned, self._planned = self._planned, None
         plan = planned if planned is not None and planned.step == step else _Plan(self._state, step)
-        mean = (plan.total + chunk[0]) / (plan.weight + 1)
+        mean = [(total + now) / (plan.weight + 1) for total, now in zip(plan.total, chunk[0].tolist())]
         mean[-1] = -1 if mean[-1] < GRIPPER_THRESHOLD else 1
-        action: Array = mean.astype(np.float32)
+        action = np.array(mean, FLOAT)
         self._state = plan.following
         self._state.chunks[-1], self._state.history[-1] = chunk, action
         return action
@@ -134,8 +136,8 @@ class ControlLoop:
 class _Plan:
     """What is known of `step` before its chunk.
 
-    `total` [7] and `weight` are the sums of what earlier chunks plan for it, weighted, and of the weights; `following`
-    is the state after it, with room for its chunk and its action.
+    `total` (7 numbers) and `weight` are the sums of what earlier chunks plan for it, weighted, and of the weights;
+    `following` is the state after it, with room for its chunk and its action.
     """
 
     def __init__(self, state: Recovery, step: int) -> None:
@@ -144,12 +146,12 @@ class _Plan:
         ages = step - steps
         weights = np.exp(-DECAY * ages)
         self.step = step
-        self.total = weights @ chunks[np.arange(len(ages)), ages].astype(np.float64)
+        self.total: list[float] = (weights @ chunks[np.arange(len(ages)), ages].astype(np.float64)).tolist()
         self.weight = float(weights.sum())
         self.following = Recovery(
-            np.concatenate((chunks, np.zeros((1, CHUNK, ACTION), np.float32))),
-            np.concatenate((steps, np.array([step], np.int32))),
-            np.concatenate((state.history[1:], np.zeros((1, ACTION), np.float32))),
+            np.concatenate((chunks, np.zeros((1, CHUNK, ACTION), FLOAT))),
+            np.concatenate((steps, np.array([step], INT))),
+            np.concatenate((state.history[1:], np.zeros((1, ACTION), FLOAT))),
         )
 
 

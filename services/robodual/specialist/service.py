@@ -180,17 +180,10 @@ class SpecialistService:
             if not np.isfinite(chunk).all():
                 raise RuntimeError("the model gave values that are not finite")
             session.previous = done.answer.features
-        action = session.control.advance(step, chunk)
+        session.control.advance(step, chunk)
         degraded = not self._feed.up or step - version.step > self._settings.degraded_age_steps
         answer = session.draft(step)
-        answers.complete(
-            answer,
-            action=action,
-            chunk=chunk,
-            conditioning=version,
-            degraded=degraded,
-            control=session.control,
-        )
+        answers.complete(answer, session.control, version, degraded=degraded)
         answer.timings.extend(timings.messages())
         session.answer = answer
         # Once it is on its way, and the robot has something to do.
