@@ -7,11 +7,15 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check clean
+LOCK = uv pip compile -q --generate-hashes --no-annotate --upgrade --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_28 --no-emit-package robodual-client -c deploy/locks/pins.in \
+	--custom-compile-command "make lock"
+
+.PHONY: help setup demo test check audit lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: setup  demo  test  check  clean"
+	@echo "targets: setup  demo  test  check  audit  lock  clean"
 
 setup: $(STAMP)
 
@@ -36,6 +40,23 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@echo "==> no option is set that lets data run code"
+	@! grep -rnE 'allow_pickle ?= ?True|weights_only ?= ?False|trust_remote_code ?= ?True' --include='*.py' services clients benchmarks
+
+audit: $(STAMP)
+	@$(BIN)/python -m pip install -q pip-audit
+	@echo "==> known vulnerabilities of what is installed; needs a way to the advisories"
+	@mkdir -p build
+	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[^ ]*$$//' > build/installed.txt
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement build/installed.txt
+
+# The images' packages, with hashes; needs uv, and TORCH_INDEX for the CPU's.
+lock:
+	$(LOCK) pyproject.toml --extra telemetry --extra cuda --no-emit-package flash-attn -o deploy/locks/cuda.txt
+	$(LOCK) pyproject.toml --extra telemetry --index $(or $(TORCH_INDEX),$(error make lock: set TORCH_INDEX to the index of PyTorch's CPU wheels)) \
+		--index-strategy unsafe-best-match -o deploy/locks/cpu.txt
+	$(LOCK) deploy/locks/build.in -o deploy/locks/build.txt
+	$(LOCK) deploy/locks/flash-attn.in --no-deps -o deploy/locks/flash-attn.txt
 
 clean:
 	@echo "==> removing $(VENV), runs/, caches and built files"

@@ -30,6 +30,7 @@ FACTS = EngineFacts("noop", "none", "cpu", "float32", 0, 0)
 class NoGeneralist(GeneralistEngine):
     def __init__(self) -> None:
         self.facts, self.width = FACTS, WIDTH
+        self.captures = False
         states = torch.zeros((LENGTH, WIDTH), dtype=torch.bfloat16)
         self._thought = Thought(np.zeros((8, 7), np.float32), states, 0)
 
@@ -40,6 +41,7 @@ class NoGeneralist(GeneralistEngine):
 class NoSpecialist(SpecialistEngine):
     def __init__(self) -> None:
         self.facts, self.width = FACTS, WIDTH
+        self.captures = False
         self.sensors = ("rgb_static", "rgb_gripper", "depth_static", "depth_gripper", "proprio")
         self._answer = Answer(np.zeros((8, 7), np.float32), Features(torch.zeros(0)))
 

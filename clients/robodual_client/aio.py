@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from robodual_client.answer import Answer, ServiceInfo
-from robodual_client.calls import Call, Halt, Launch, Operation, Plan, Sleep, T, Timeouts
-from robodual_client.channel import Security, Tls, security
+from robodual_client.calls import Call, Halt, Launch, Operation, Plan, Resolve, Sleep, T, Timeouts
+from robodual_client.channel import LOOKUP, Security, Tls, lookup, security, unresolved
 from robodual_client.errors import Failure
 from robodual_client.session import Session
+from robodual_client.tracing import Tracer
 from robodual_client.wire import rpc
 
 
@@ -38,7 +39,9 @@ class AsyncDualSystemClient:
         timeouts: Timeouts | None = None,
         stream: bool = True,
         latency: Mapping[str, float] | None = None,
+        traces: str | None = None,
     ) -> None:
+        self._tracer = None if traces is None else Tracer(traces, "robodual-client")
         self._session = Session(
             generalist,
             specialist,
@@ -47,6 +50,7 @@ class AsyncDualSystemClient:
             seed=seed,
             timeouts=timeouts or Timeouts(),
             latency=latency or {},
+            tracer=self._tracer,
         )
         self._connections = AsyncConnections(security(token, tls), stream)
 
@@ -80,6 +84,8 @@ class AsyncDualSystemClient:
                 await self._connections.run(self._session.close())
             finally:
                 await self._connections.close()
+                if self._tracer is not None:
+                    await asyncio.get_running_loop().run_in_executor(None, self._tracer.close)
 
     async def __aenter__(self) -> AsyncDualSystemClient:
         return self
@@ -98,6 +104,7 @@ class AsyncConnections:
         self._security = security
         self._stream = stream
         self._channels: dict[str, Any] = {}
+        self._hosts: dict[str, str] = {}
         self._stubs: dict[tuple[str, str], rpc.Stub] = {}
         self._streams: dict[str, Any] = {}
         self._background: asyncio.Task[None] | None = None
@@ -135,6 +142,8 @@ class AsyncConnections:
             if self._stream and operation.method == "Act":
                 return await self._exchange(operation)
             return await self._call(operation)
+        if isinstance(operation, Resolve):
+            return await self._resolve(operation.name)
         if isinstance(operation, Sleep):
             return await asyncio.sleep(operation.seconds)
         if isinstance(operation, Launch):
@@ -142,6 +151,15 @@ class AsyncConnections:
             return None
         assert isinstance(operation, Halt)
         return await self._halt()
+
+    async def _resolve(self, name: str) -> list[str]:
+        looking = asyncio.get_running_loop().run_in_executor(None, lookup, name)
+        try:
+            addresses = await asyncio.wait_for(looking, LOOKUP)
+        except asyncio.TimeoutError as error:
+            raise unresolved(name, f"no answer within {LOOKUP:g} s") from error
+        self._hosts.update(dict.fromkeys(addresses, name.rpartition(":")[0]))
+        return addresses
 
     async def _call(self, call: Call) -> Any:
         method = getattr(self._stub(call), call.method)
@@ -189,7 +207,9 @@ class AsyncConnections:
         key = call.address, call.service
         if key not in self._stubs:
             if call.address not in self._channels:
-                self._channels[call.address] = self._security.channel(grpc.aio, call.address)
+                self._channels[call.address] = self._security.channel(
+                    grpc.aio, call.address, self._hosts.get(call.address)
+                )
             self._stubs[key] = rpc.Stub(self._channels[call.address], call.service)
         return self._stubs[key]
 

@@ -6,6 +6,7 @@ client each run them over their own kind of gRPC.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from dataclasses import dataclass, replace
@@ -17,6 +18,9 @@ from google.protobuf.message import Message
 
 from robodual_client.errors import Failure
 
+logger = logging.getLogger(__name__)
+
+DNS = "dns:///"
 FIRST_DELAY = 0.05  # seconds before a call is repeated
 LONGEST_DELAY = 2.0
 
@@ -58,6 +62,13 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Resolve:
+    """Give the plan every address, "ip:port", that `name`, "host:port", stands for, or throw the Failure into it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Sleep:
     seconds: float
 
@@ -74,7 +85,7 @@ class Halt:
     """Cancel what is in the background."""
 
 
-Operation = Union[Call, Sleep, Launch, Halt]
+Operation = Union[Call, Resolve, Sleep, Launch, Halt]
 T = TypeVar("T")
 Plan = Generator[Operation, Any, T]
 
@@ -83,25 +94,54 @@ class Replicas:
     """The addresses of one service, in the order in which this session tries them.
 
     The order depends on session and addresses alone (rendezvous hashing): sessions spread evenly, a session that is
-    opened again finds its replica, and adding a replica moves no more sessions than it must.
+    opened again finds its replica, and adding a replica moves no more sessions than it must. "dns:///host:port" stands
+    for every address of the name, as of the last `refresh`.
     """
 
-    def __init__(self, addresses: Sequence[str], session: str) -> None:
-        def rank(address: str) -> bytes:
-            return sha256(f"{session} {address}".encode()).digest()
-
-        self._addresses = sorted(addresses, key=rank)
+    def __init__(self, given: Sequence[str], session: str) -> None:
+        self._session = session
+        self._fixed = [address for address in given if not address.startswith(DNS)]
+        self._names = [address[len(DNS) :] for address in given if address.startswith(DNS)]
+        self._reason = "the name has not been looked up"
+        self._addresses: list[str] = []
         self._index = 0
+        self._arrange(self._fixed)
 
     def __len__(self) -> int:
         return len(self._addresses)
 
     @property
     def current(self) -> str:
+        """Raises Failure while no name could be resolved."""
+        if not self._addresses:
+            raise Failure(grpc.StatusCode.UNAVAILABLE, self._reason, DNS + self._names[0])
         return self._addresses[self._index]
 
-    def advance(self) -> None:
-        self._index = (self._index + 1) % len(self._addresses)
+    def advance(self) -> str:
+        """Turns to the next address; returns the one that is left."""
+        left = self._addresses[self._index] if self._addresses else ""
+        self._index = (self._index + 1) % max(1, len(self._addresses))
+        return left
+
+    def refresh(self, avoid: str = "") -> Plan[None]:
+        """Looks the names up again. Where that finds other addresses than before, the session turns to its first choice
+        among them that is not `avoid`. Those of before stay where a name cannot be resolved.
+        """
+        found = list(self._fixed)
+        for name in self._names:
+            try:
+                found += yield Resolve(name)
+            except Failure as failure:
+                self._reason = failure.details
+                logger.warning("%s", failure)
+                return
+        self._arrange(found, avoid)
+
+    def _arrange(self, addresses: Sequence[str], avoid: str = "") -> None:
+        order = sorted(set(addresses), key=lambda address: sha256(f"{self._session} {address}".encode()).digest())
+        if order and order != self._addresses:
+            self._addresses = order
+            self._index = int(len(order) > 1 and order[0] == avoid)
 
 
 class Attempts:
@@ -129,7 +169,7 @@ class Attempts:
             raise failure.error() from failure
         overloaded = failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         if not overloaded:
-            self._replicas.advance()
+            yield from self._replicas.refresh(avoid=self._replicas.advance())
         delay = 0.0
         if overloaded or self.failures >= len(self._replicas):
             delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(self.failures - 1, 10)) * random.uniform(0.5, 1.0)
@@ -146,8 +186,8 @@ def repeat(replicas: Replicas, budget: float, call: Callable[[str], Call]) -> Pl
     """`call(address)` at the current replica, repeated as long as that may help. Raises RoboDualError."""
     attempts = Attempts(replicas, budget)
     while True:
-        attempt = call(replicas.current)
         try:
+            attempt = call(replicas.current)
             return (yield replace(attempt, timeout=attempts.timeout(attempt.timeout)))
         except Failure as failure:
             yield from attempts.failed(failure)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from robodual_client.errors import Failure
+
 logger = logging.getLogger(__name__)
 
 # An answer holds a chunk and a recovery state, under 8 kB; nothing that a service sends is near this.
 LARGEST_ANSWER = 1 << 20
+LOOKUP = 2.0  # seconds that a name may take to resolve
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class Security:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
-    def channel(self, grpc_module: Any, address: str) -> Any:
-        """A channel of `grpc` or of `grpc.aio` to `address`."""
+    def channel(self, grpc_module: Any, address: str, host: str | None = None) -> Any:
+        """A channel of `grpc` or of `grpc.aio` to `address`, which was found under the name `host`."""
         options: list[tuple[str, Any]] = [
             ("grpc.max_send_message_length", -1),  # the service's own limit counts
             ("grpc.max_receive_message_length", LARGEST_ANSWER),
@@ -66,8 +70,9 @@ class Security:
             logger.warning("the token travels to %s in plain text: use TLS (tls=Tls(...))", address)
         if self.tls is None:
             return grpc_module.insecure_channel(address, options=options)
-        if self.tls.name is not None:
-            options.append(("grpc.ssl_target_name_override", self.tls.name))
+        name = self.tls.name or host
+        if name is not None:
+            options.append(("grpc.ssl_target_name_override", name))
         return grpc_module.secure_channel(address, self.tls.credentials(), options=options)
 
 
@@ -76,6 +81,20 @@ def security(token: str | None, tls: Tls | bool) -> Security:
     if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
         raise ValueError("token must be printable ASCII without spaces, at least one character")
     return Security(token, (Tls() if tls else None) if isinstance(tls, bool) else tls)
+
+
+def lookup(name: str) -> list[str]:
+    """Every address, "ip:port", of `name`, "host:port". Blocks. Raises Failure."""
+    host, _, port = name.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except (OSError, ValueError, OverflowError) as error:
+        raise unresolved(name, str(error)) from error
+    return [f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip in (str(entry[4][0]) for entry in found)]
+
+
+def unresolved(name: str, reason: str) -> Failure:
+    return Failure(grpc.StatusCode.UNAVAILABLE, f"the name cannot be resolved: {reason}", f"dns:///{name}")
 
 
 def _read(path: str | Path | None, name: str) -> bytes | None:

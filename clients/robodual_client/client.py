@@ -14,6 +14,7 @@ from robodual_client.calls import Timeouts
 from robodual_client.channel import Tls, security
 from robodual_client.connection import Connections
 from robodual_client.session import Session
+from robodual_client.tracing import Tracer
 
 
 class DualSystemClient:
@@ -25,7 +26,8 @@ class DualSystemClient:
                 obs, _, _, _ = env.step(client.step(obs))
 
     Args:
-        generalist, specialist: "host:port", or a list of these for replicas.
+        generalist, specialist: "host:port", or a list of these for replicas; "dns:///host:port" is every address that
+            the name resolves to, looked up again at each reset and when a replica fails.
         session: 1 to 64 characters of [A-Za-z0-9_.-]; None for a new unique one.
         schedule: when to ask the generalist: "published" (steps 0, 7, 15, 23, …), "every-N", or "async".
         seed: of the sampler's noise, which depends on (seed, episode, step) alone.
@@ -35,6 +37,7 @@ class DualSystemClient:
         stream: whether steps travel by `ActStream` (faster) or as unary calls.
         latency: seconds that each Condition ("generalist") and each Act ("specialist") is held back before it is sent,
             to see what slower models or a longer way to them would do.
+        traces: an OTLP/HTTP collector that gets a trace of each step, as "http://127.0.0.1:4318" (extra `telemetry`).
 
     Nothing is sent before the first `reset` or `info`. Raises ValueError for a malformed argument. Calls raise
     RoboDualError (errors.py says which), after whatever repeating, reconnecting and moving to another replica could do.
@@ -54,7 +57,9 @@ class DualSystemClient:
         timeouts: Timeouts | None = None,
         stream: bool = True,
         latency: Mapping[str, float] | None = None,
+        traces: str | None = None,
     ) -> None:
+        self._tracer = None if traces is None else Tracer(traces, "robodual-client")
         self._session = Session(
             generalist,
             specialist,
@@ -63,6 +68,7 @@ class DualSystemClient:
             seed=seed,
             timeouts=timeouts or Timeouts(),
             latency=latency or {},
+            tracer=self._tracer,
         )
         self._connections = Connections(security(token, tls), stream)
         # Also at exit, for a client that nobody closed: the interpreter must not go while gRPC's threads hold locks.
@@ -117,6 +123,8 @@ class DualSystemClient:
                 self._connections.run(self._session.close())
             finally:
                 self._finalizer()
+                if self._tracer is not None:
+                    self._tracer.close()
 
     def __enter__(self) -> DualSystemClient:
         return self

@@ -13,8 +13,8 @@ import grpc
 from google.protobuf.message import Message
 
 from robodual_client import wire
-from robodual_client.calls import Call, Halt, Launch, Operation, Plan, Sleep, T
-from robodual_client.channel import Security
+from robodual_client.calls import Call, Halt, Launch, Operation, Plan, Resolve, Sleep, T
+from robodual_client.channel import LOOKUP, Security, lookup, unresolved
 from robodual_client.errors import Failure
 from robodual_client.wire import rpc
 
@@ -30,6 +30,7 @@ class Connections:
         self._security = security
         self._stream = stream
         self._channels: dict[str, grpc.Channel] = {}
+        self._hosts: dict[str, str] = {}  # the names under which addresses were found
         self._stubs: dict[tuple[str, str], rpc.Stub] = {}
         self._streams: dict[str, ActStream] = {}
         self._background: Any = None
@@ -75,12 +76,33 @@ class Connections:
             if self._stream and operation.method == "Act":
                 return self._exchange(operation)
             return self._call(operation)
+        if isinstance(operation, Resolve):
+            return self._resolve(operation.name)
         if isinstance(operation, Sleep):
             return time.sleep(operation.seconds)
         if isinstance(operation, Launch):
             return self._schedule(operation, self._halted)
         assert isinstance(operation, Halt)
         return self._halt()
+
+    def _resolve(self, name: str) -> list[str]:
+        answers: queue.SimpleQueue[list[str] | Failure] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put(lookup(name))
+            except Failure as failure:
+                answers.put(failure)
+
+        threading.Thread(target=ask, name="robodual-lookup", daemon=True).start()
+        try:
+            answer = answers.get(timeout=LOOKUP)
+        except queue.Empty:
+            answer = unresolved(name, f"no answer within {LOOKUP:g} s")
+        if isinstance(answer, Failure):
+            raise answer
+        self._hosts.update(dict.fromkeys(answer, name.rpartition(":")[0]))
+        return answer
 
     def _call(self, call: Call) -> Any:
         method = getattr(self._stub(call), call.method)
@@ -144,7 +166,7 @@ class Connections:
         key = call.address, call.service
         if key not in self._stubs:
             if call.address not in self._channels:
-                self._channels[call.address] = self._security.channel(grpc, call.address)
+                self._channels[call.address] = self._security.channel(grpc, call.address, self._hosts.get(call.address))
             self._stubs[key] = rpc.Stub(self._channels[call.address], call.service)
         return self._stubs[key]
 

@@ -21,6 +21,7 @@ from robodual_client.errors import Failure, ServiceMismatch
 from robodual_client.frame import Frame
 from robodual_client.schedule import Schedule
 from robodual_client.thinking import Thinking
+from robodual_client.tracing import Tracer
 from robodual_client.wire.rpc import GENERALIST, SPECIALIST
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Session:
         seed: int,
         timeouts: Timeouts,
         latency: Mapping[str, float],
+        tracer: Tracer | None = None,
     ) -> None:
         self.name = uuid.uuid4().hex if session is None else session
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name):
@@ -52,6 +54,8 @@ class Session:
         self._seed = _checked_seed(seed)
         self._timeouts = timeouts
         self._latency = _checked_latency(latency)
+        self._tracer = tracer
+        self._traceparent = ""
         self._generalists = Replicas(_addresses(generalist, "generalist"), self.name)
         self._specialists = Replicas(_addresses(specialist, "specialist"), self.name)
         self._specialist_info: ServiceInfo | None = None
@@ -82,6 +86,7 @@ class Session:
             ("generalist", GENERALIST, self._generalists),
             ("specialist", SPECIALIST, self._specialists),
         ):
+            yield from replicas.refresh()
             response = yield from repeat(replicas, budget, partial(self._info_call, service))
             infos[name] = _checked_info(response, name, replicas.current)
         self._contacted = True
@@ -100,6 +105,9 @@ class Session:
         if self._specialist_info is None:
             self._specialist_info = (yield from self.info())["specialist"]
             self._compatible.add(self._specialist_info.address)
+        else:
+            yield from self._generalists.refresh()
+            yield from self._specialists.refresh()
         self.episode = following
         self._start_episode(instruction)
         attempts = Attempts(self._specialists, self._timeouts.budget)
@@ -112,6 +120,22 @@ class Session:
         self._ready = True
 
     def step(self, obs: Mapping[str, Any]) -> Plan[npt.NDArray[np.float64]]:
+        if self._tracer is None:
+            return (yield from self._step(obs))
+        where = {"session": self.name, "episode": self.episode, "step": self.step_number}
+        span = self._tracer.begin("step", where)
+        self._traceparent = span.traceparent
+        try:
+            action = yield from self._step(obs)
+        except BaseException as error:
+            span.end(error)
+            raise
+        assert self.last is not None
+        span.note(specialist=self.last.address, age=self.last.age, failures=self.last.failures)
+        span.end()
+        return action
+
+    def _step(self, obs: Mapping[str, Any]) -> Plan[npt.NDArray[np.float64]]:
         if not self._ready or self._specialist_info is None:
             raise RuntimeError("step: no episode has been started; call reset(instruction) first")
         frame = observation.encode(obs, self._specialist_info.sensors)
@@ -241,7 +265,7 @@ class Session:
             self._thinking = None
 
     def _act_request(self, step: int, frame: Frame, recover: bool) -> bytes:
-        head = wire.ActRequest(session_id=self.name, episode=self.episode, step=step)
+        head = wire.ActRequest(session_id=self.name, episode=self.episode, step=step, traceparent=self._traceparent)
         if self._least is not None:
             head.min_conditioning.episode = self.episode
             head.min_conditioning.step = self._least
@@ -252,7 +276,11 @@ class Session:
 
     def _condition_call(self, address: str, step: int, frame: Frame) -> Call:
         head = wire.ConditionRequest(
-            session_id=self.name, episode=self.episode, step=step, instruction=self._instruction
+            session_id=self.name,
+            episode=self.episode,
+            step=step,
+            instruction=self._instruction,
+            traceparent=self._traceparent,
         )
         request, timeout = frame.condition_request(head), self._timeouts.condition
         return Call(address, GENERALIST, "Condition", request, timeout, self._latency["generalist"])
@@ -276,7 +304,9 @@ def _addresses(given: str | Sequence[str], name: str) -> list[str]:
     addresses = [given] if isinstance(given, str) else list(given)
     for address in addresses:
         if not isinstance(address, str) or not re.search(r".:[0-9]{1,5}$", address):
-            raise ValueError(f"{name} must be 'host:port', or a list of these for replicas, got {address!r}")
+            raise ValueError(
+                f"{name} must be 'host:port', 'dns:///host:port', or a list of these for replicas, got {address!r}"
+            )
     if not addresses or len(set(addresses)) < len(addresses):
         raise ValueError(f"{name} must name at least one address, and none twice, got {addresses}")
     return addresses

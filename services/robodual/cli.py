@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TextIO, TypeVar
+from typing import Annotated, TextIO
 
 import typer
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from robodual import checkpoints_cli
+from robodual.config_cli import Config, config, settings
 from robodual.pair import Options, Pair, PairError
 from robodual.training.data_cli import data
 from robodual.training.train_cli import train
@@ -29,10 +28,9 @@ app.add_typer(serve, name="serve")
 app.add_typer(checkpoints_cli.app)
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
+app.add_typer(config, name="config")
 console = Console()
 stderr = Console(stderr=True)
-
-S = TypeVar("S", bound=BaseSettings)
 
 PROFILE_HELP = "robodual-7b, playtable (comes with trained weights), or toy (seeded random weights at test widths)."
 FREE_PORT_HELP = "0 chooses a free one."
@@ -40,9 +38,13 @@ DEVICE_HELP = "auto, cpu, cuda or cuda:N."
 
 Profile = Annotated[str | None, typer.Option(help=PROFILE_HELP)]
 Device = Annotated[str | None, typer.Option(help=DEVICE_HELP)]
+Devices = Annotated[
+    str | None, typer.Option(help="Instead of --device: one engine on each, behind the one port (cuda:0,cuda:1).")
+]
 Port = Annotated[int | None, typer.Option(help="gRPC port; 0 chooses a free one.")]
 HttpPort = Annotated[int | None, typer.Option(help="Port of /healthz, /readyz, /metrics and /info.")]
 Host = Annotated[str | None, typer.Option(help="Address to bind; others than loopback need a token.")]
+Insecure = Annotated[bool | None, typer.Option("--insecure", help="Serves anyone at --host, without a token.")]
 RedisUrl = Annotated[str | None, typer.Option(help="redis://, rediss:// or unix://; ROBODUAL_REDIS_URL.")]
 WITHOUT = "without it, the profile's own, or seeded random ones."
 Checkpoint = Annotated[Path | None, typer.Option(help=f"Weights; {WITHOUT}")]
@@ -64,9 +66,10 @@ def generalist(
         typer.Option("--merge-adapters/--adapters-apart", help="Apart suits quantised weights; merged is faster."),
     ] = None,
     device: Device = None,
+    devices: Devices = None,
     dtype: Dtype = None,
     attention: Annotated[str | None, typer.Option(help="auto, sdpa, flash_attention_2 or eager.")] = None,
-    quantisation: Annotated[str | None, typer.Option(help="none, int8 or nf4 (CUDA).")] = None,
+    quantisation: Annotated[str | None, typer.Option(help="none or fp8; on CUDA also int8 or nf4.")] = None,
     constrained: Annotated[
         bool | None,
         typer.Option("--constrained/--free", help="Whether decoding keeps to 8 x 7 actions; else the profile says."),
@@ -75,12 +78,14 @@ def generalist(
     port: Port = None,
     http_port: HttpPort = None,
     redis_url: RedisUrl = None,
+    config: Config = None,
+    insecure: Insecure = None,
 ) -> None:
-    """Serves the vision-language-action model. Every other setting: ROBODUAL_* (docs/deployment.md)."""
+    """Serves the vision-language-action model. Every other setting: --config or ROBODUAL_* (docs/deployment.md)."""
     from robodual.generalist.service import run
     from robodual.serving.settings import GeneralistSettings
 
-    run(_settings(GeneralistSettings, context))
+    run(settings(GeneralistSettings, context.params))
 
 
 @serve.command()
@@ -89,6 +94,7 @@ def specialist(
     profile: Profile = None,
     checkpoint: Checkpoint = None,
     device: Device = None,
+    devices: Devices = None,
     dtype: Dtype = None,
     image_strategy: Annotated[
         str | None, typer.Option(help="resize-naive, letterbox or resize-crop, as in training.")
@@ -105,27 +111,14 @@ def specialist(
     port: Port = None,
     http_port: HttpPort = None,
     redis_url: RedisUrl = None,
+    config: Config = None,
+    insecure: Insecure = None,
 ) -> None:
-    """Serves the diffusion transformer. Every other setting: ROBODUAL_* (docs/deployment.md)."""
+    """Serves the diffusion transformer. Every other setting: --config or ROBODUAL_* (docs/deployment.md)."""
     from robodual.serving.settings import SpecialistSettings
     from robodual.specialist.service import run
 
-    run(_settings(SpecialistSettings, context))
-
-
-def _settings(kind: type[S], context: typer.Context) -> S:
-    """Flags that were given, over environment and defaults.
-
-    Raises:
-        typer.Exit: with one line per setting that is wrong.
-    """
-    try:
-        return kind(**{name: value for name, value in context.params.items() if value not in (None, ())})
-    except ValidationError as error:
-        for fault in error.errors():
-            said = fault["msg"].removeprefix("Value error, ")
-            stderr.print(f"[red]{'.'.join(map(str, fault['loc'])) or 'settings'}[/]: {escape(said)}", soft_wrap=True)
-        raise typer.Exit(2) from None
+    run(settings(SpecialistSettings, context.params))
 
 
 @app.command()
@@ -133,7 +126,8 @@ def up(
     profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "playtable",
     generalist_checkpoint: Checkpoint = None,
     specialist_checkpoint: Checkpoint = None,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    device: Device = None,
+    devices: Devices = None,
     redis_url: RedisUrl = None,
     generalist_port: Annotated[int, typer.Option(help=FREE_PORT_HELP)] = 50051,
     specialist_port: Annotated[int, typer.Option(help=FREE_PORT_HELP)] = 50052,
@@ -149,6 +143,7 @@ def up(
         http_ports={"generalist": generalist_http_port, "specialist": specialist_http_port},
         checkpoints={name: path for name, path in checkpoints.items() if path is not None},
         device=device,
+        devices=devices,
     )
     with _pair(options, _print_line) as pair:
         console.print(_pair_table(pair))

@@ -99,7 +99,10 @@ async def _redis(url: str) -> Finding:
     try:
         client: Any = redis.asyncio.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2)
     except ValueError as error:
-        return Finding("redis", "fault", f"{_without_password(url)}: {error}", "correct ROBODUAL_REDIS_URL")
+        # Of a password that is not percent-encoded, the error may show a piece that was taken for a host or a port.
+        known = url.startswith(("redis://", "rediss://", "unix://"))
+        reason = "malformed; percent-encode any of /?#@:% in its password" if known else error
+        return Finding("redis", "fault", f"{_without_password(url)}: {reason}", "correct ROBODUAL_REDIS_URL")
     try:
         server = await client.info("server")
     except (redis.exceptions.RedisError, OSError) as error:
@@ -112,7 +115,7 @@ async def _redis(url: str) -> Finding:
 
 
 def _without_password(url: str) -> str:
-    head, at, tail = url.rpartition("@")
+    head, at, tail = url.partition("?")[0].rpartition("@")
     return f"{head.partition('://')[0]}://***@{tail}" if at else url
 
 

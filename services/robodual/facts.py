@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -28,6 +28,21 @@ class EngineFacts:
     parameters: int
     weight_bytes: int
     details: dict[str, str] = field(default_factory=dict)
+
+
+def together(engines: Sequence[EngineFacts]) -> EngineFacts:
+    """Those of a service with one or more engines, each with the same weights on a device of its own.
+
+    Devices are listed, bytes are added up; a detail that is not the same everywhere is listed too.
+    """
+    first = engines[0]
+    listed = {name: dict.fromkeys(facts.details[name] for facts in engines) for name in first.details}
+    return replace(
+        first,
+        device=",".join(facts.device for facts in engines),
+        weight_bytes=sum(facts.weight_bytes for facts in engines),
+        details={name: ",".join(values) for name, values in listed.items()},
+    )
 
 
 def hash_state_dict(module: torch.nn.Module) -> str:

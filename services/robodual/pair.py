@@ -36,7 +36,8 @@ class Options:
     ports: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SERVICES, 0))
     http_ports: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SERVICES, 0))
     checkpoints: Mapping[str, Path] = field(default_factory=dict)
-    device: str = "auto"
+    device: str | None = None  # of both services; None leaves it to the environment
+    devices: str | None = None  # several, comma-separated, in the place of `device`
     settings: Mapping[str, str] = field(default_factory=dict)
     start_timeout: float = 300.0  # seconds until both are ready
     command: Sequence[str] = (sys.executable, "-m", "robodual", "serve")
@@ -79,8 +80,9 @@ class Pair:
     @property
     def environment(self) -> dict[str, str]:
         """The environment variables that the services get: a replica that is to give the same bits needs the same."""
-        # Two services that each spread over every core make each other's threads wait, at several times the cost.
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(SERVICES)))}
+        # Engines that each spread over every core make each other's threads wait, at several times the cost.
+        engines = len(SERVICES) * len((self.options.devices or "one").split(","))
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // engines))}
         # The URL may hold a password: it travels in the environment, which other users cannot list.
         return {**threads, **os.environ, **self.options.settings, "ROBODUAL_REDIS_URL": self.redis_url}
 
@@ -139,7 +141,9 @@ class Pair:
     def _spawn(self, name: str) -> None:
         command = [*self.options.command, name, "--profile", self.options.profile]
         command += ["--port", str(self.ports[name]), "--http-port", str(self.http_ports[name])]
-        command += ["--device", self.options.device]
+        for flag in ("device", "devices"):
+            if (value := getattr(self.options, flag)) is not None:
+                command += [f"--{flag}", value]
         if name in self.options.checkpoints:
             command += ["--checkpoint", str(self.options.checkpoints[name])]
         process = subprocess.Popen(

@@ -204,7 +204,7 @@ def test_robots_go_through_the_pair_and_their_limit_is_found(
         assert [process["name"] for process in row["processes"]] == ["generalist", "specialist", "redis", "robots"]
         assert all(process["rss"] > 1 for process in row["processes"])
         assert row["processes"][1]["cpu_seconds"] > 0
-    assert "without a missed deadline: 3" in capsys.readouterr().out
+    assert "the most robots at 8 Hz with at most 100.00% of deadlines missed: 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("true", "most", "asked"), [(0, 64, [1]), (11, 64, [1, 2, 4, 8, 16, 12, 10, 11]), (9, 6, [])])

@@ -66,6 +66,19 @@ def test_generalist_variables_hold_where_no_flag_is_given(monkeypatch: pytest.Mo
     assert given("generalist", [], monkeypatch)["checkpoint"] is None
 
 
+@pytest.mark.parametrize("service", ["generalist", "specialist"])
+def test_one_engine_is_loaded_for_each_device(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[str] = []
+    module = SERVICES[service]
+    monkeypatch.setattr(module, f"load_{service}", lambda profile, **options: places.append(options["device"]))
+    monkeypatch.setattr(module, "run", module._load)
+    result = CliRunner().invoke(app, ["serve", service, "--devices", "cuda:0,cuda:2"], catch_exceptions=False)
+    assert (result.exit_code, places) == (0, ["cuda:0", "cuda:2"])
+    result = CliRunner().invoke(app, ["serve", service, "--devices", "cpu,cpu", "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "leave one out" in result.output
+
+
 def test_specialist_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--checkpoint", "ema.pt", "--with-tactile", "--no-with-gripper", "--image-strategy", "letterbox"]
     flags += ["--diffusion-steps", "5", "--guidance-scale", "1.5"]
@@ -120,3 +133,12 @@ def test_saved_shards_can_be_read_by_the_user_who_serves_them(tmp_path: Path) ->
     save_checkpoint(tmp_path / "saved", engine.model, engine.processor.tokenizer, shards=3)
     modes = {path.stat().st_mode for path in (tmp_path / "saved").iterdir()}
     assert len(modes) == 1, "shards have the permissions of config.json"
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_anyone_is_served_from_other_machines_only_where_that_is_spelled_out(
+    service: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = CliRunner().invoke(app, ["serve", service, "--host", "0.0.0.0"])
+    assert (refused.exit_code, "set tokens" in refused.output) == (2, True)
+    assert given(service, ["--host", "0.0.0.0", "--insecure"], monkeypatch)

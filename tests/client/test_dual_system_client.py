@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 
@@ -106,6 +107,30 @@ def test_sessions_spread_over_replicas_and_find_theirs_again(generalist, special
             chosen.setdefault(number, set()).add(client._session._specialists.current)
     assert all(len(places) == 1 for places in chosen.values())
     assert 10 <= sum(places == {specialist.address} for places in chosen.values()) <= 30
+
+
+def test_name_that_is_not_there_yet_is_looked_up_again(make, generalist, specialist, obs, monkeypatch):
+    real, left = socket.getaddrinfo, [2]
+
+    def late(host, *arguments, **options):
+        if left[0]:
+            left[0] -= 1
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", late)
+    with make(generalist.address, f"dns:///localhost:{specialist.port}") as client:
+        client.reset("open the drawer")
+        client.step(obs)
+        assert client.last.address.startswith(("127.0.0.1:", "[::1]:"))
+
+
+def test_name_that_never_resolves_is_told(make, generalist):
+    expected = r"dns:///specialist\.invalid:50052: the name cannot be resolved"
+    with make(generalist.address, "dns:///specialist.invalid:50052", timeouts=Timeouts(connect=0.5)) as client:
+        with pytest.raises(ServiceUnavailable, match=expected):
+            client.reset("open the drawer")
+        assert generalist.requests("Reset") == []
 
 
 def test_replica_of_another_model_is_refused(make, generalist, specialist, second_specialist, obs):

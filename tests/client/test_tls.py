@@ -61,6 +61,15 @@ def test_episode_over_tls(secure, obs):
         assert client.step(obs).shape == (7,)
 
 
+def test_certificate_is_checked_against_the_name_that_led_to_an_address(secure, obs):
+    generalist, specialist, tls, _ = secure
+    named = [f"dns:///localhost:{address.rpartition(':')[2]}" for address in (generalist, specialist)]
+    with DualSystemClient(*named, tls=Tls(tls.ca, tls.certificate, tls.key), timeouts=QUICK) as client:
+        client.reset("open the drawer")
+        client.step(obs)
+        assert client.last.address.startswith(("127.0.0.1:", "[::1]:"))
+
+
 def test_plain_text_client_is_refused(secure):
     generalist, specialist, _, _ = secure
     assert "UNAVAILABLE" in refusal(generalist, specialist, False)

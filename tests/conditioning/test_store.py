@@ -9,7 +9,7 @@ import torch
 
 from robodual.conditioning.codec import RecordError
 from robodual.conditioning.record import Conditioning, Version
-from robodual.conditioning.store import Announced, Interrupted, Store, StoreUnavailable, Subscribed
+from robodual.conditioning.store import Announced, ForeignSession, Interrupted, Store, StoreUnavailable, Subscribed
 from robodual.conditioning.valkey import EmbeddedServer
 
 WRITES = 5_000
@@ -138,6 +138,32 @@ async def test_delete_and_drop_before(store: Store) -> None:
     await store.put("robot", conditioning(3, 1))
     assert await store.delete("robot")
     assert not await store.delete("robot")
+
+
+async def test_a_session_belongs_to_who_comes_first_until_it_ends(valkey: EmbeddedServer) -> None:
+    store = Store(valkey.url, ttl=0.5)
+    assert not await store.drop_before("robot", 1, "alice")
+    attempts = (
+        lambda: store.put("robot", conditioning(9, 9), "bob"),
+        lambda: store.fetch("robot", "bob"),
+        lambda: store.drop_before("robot", 9, "bob"),
+        lambda: store.delete("robot", "bob"),
+    )
+    for _ in range(2):  # with nothing stored yet, and with a record
+        for attempt in attempts:
+            with pytest.raises(ForeignSession, match="belongs to another token"):
+                await attempt()
+        assert await store.put("robot", conditioning(1, 7), "alice") in ((True, (1, 7)), (False, (1, 7)))
+    fetched = await store.fetch("robot", "alice")
+    assert fetched is not None
+    assert fetched.version == Version(1, 7)
+    assert await store.fetch("robot") is not None, "no name is everyone's"
+
+    await store.delete("robot", "alice")
+    assert await store.put("robot", conditioning(1, 1), "bob") == (True, Version(1, 1))
+    await asyncio.sleep(0.7)
+    assert await store.put("robot", conditioning(1, 1), "alice") == (True, Version(1, 1))
+    await store.close()
 
 
 async def test_every_record_expires(valkey: EmbeddedServer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 
 from robodual.generalist.decoding import Decoded, decode
 from robodual.generalist.engine import GeneralistEngine, load_generalist
+from robodual.generalist.model import build, place_rotary
 from robodual.generalist.tokens import GENERATED, decode_actions, encode_actions
 
 PLAIN = GENERATED  # forwards of one token each: the prefill gives the first of 64
@@ -56,6 +59,33 @@ def test_speculation_never_changes_a_token_on_200_random_prompts_and_images(engi
 def test_separators_and_end_cost_no_forward_of_their_own(engine: GeneralistEngine) -> None:
     pixels, prompts = inputs(engine, 1, seed=0)
     assert decode(engine.model, pixels, prompts, constrained=True).forwards == FORCED
+
+
+def test_constrained_decoding_reads_nothing_back_before_its_last_token(engine: GeneralistEngine) -> None:
+    """The meta device has no values: .item(), .cpu() or a branch on a tensor raises."""
+    meta = torch.device("meta")
+    model = build(engine.model.config, attention="sdpa", dtype=torch.float32)
+    place_rotary(model, meta)
+    prompts = [torch.empty(9, dtype=torch.int64, device=meta)] * 2
+    decoded = decode(model, torch.empty((2, 6, 224, 224), device=meta), prompts, constrained=True)
+    assert decoded.tokens.shape == (2, GENERATED)
+    assert decoded.forwards == FORCED
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_constrained_decoding_waits_for_the_device_only_for_its_answer() -> None:
+    engine = load_generalist("toy", device="cuda", attention="sdpa", dtype="float32")
+    pixels, (prompt, *_) = inputs(engine, 2, seed=0)
+    given = pixels.cuda(), [prompt.cuda()] * 2
+    expected = decode(engine.model, *given, constrained=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode says that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = decode(engine.model, *given, constrained=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    same(found, expected)
 
 
 def test_small_window_checks_drafts_too(engine: GeneralistEngine) -> None:

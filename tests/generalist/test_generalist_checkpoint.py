@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
+import pickle  # noqa: TID251 (what must be refused is made with it)
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -34,16 +34,22 @@ class Replica:
 
 
 @asynccontextmanager
-async def specialist(engine: SpecialistEngine, url: str, **settings: Any) -> AsyncIterator[Replica]:
+async def specialist(
+    engine: SpecialistEngine, url: str, *others: SpecialistEngine, **settings: Any
+) -> AsyncIterator[Replica]:
     chosen = SpecialistSettings(**{"port": 0, "http_port": 0, "redis_url": url} | settings)
-    async with specialist_service.serving(chosen, engine) as server, _connected(server, rpc.SPECIALIST) as replica:
+    serving = specialist_service.serving(chosen, engine, *others)
+    async with serving as server, _connected(server, rpc.SPECIALIST) as replica:
         yield replica
 
 
 @asynccontextmanager
-async def generalist(engine: GeneralistEngine, url: str, **settings: Any) -> AsyncIterator[Replica]:
+async def generalist(
+    engine: GeneralistEngine, url: str, *others: GeneralistEngine, **settings: Any
+) -> AsyncIterator[Replica]:
     chosen = GeneralistSettings(**{"port": 0, "http_port": 0, "redis_url": url} | settings)
-    async with generalist_service.serving(chosen, engine) as server, _connected(server, rpc.GENERALIST) as replica:
+    serving = generalist_service.serving(chosen, engine, *others)
+    async with serving as server, _connected(server, rpc.GENERALIST) as replica:
         yield replica
 
 

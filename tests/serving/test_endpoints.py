@@ -1,20 +1,14 @@
-"""A service's endpoints: tokens, TLS, health, readiness, reflection and the HTTP side, with a servicer of no model."""
+"""A service's endpoints: tokens, health, readiness, reflection and the HTTP side, with a servicer of no model."""
 
 import asyncio
-import datetime
-import ipaddress
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -244,45 +238,6 @@ async def test_a_port_that_is_taken_is_an_error_at_once() -> None:
             with pytest.raises(OSError, match=r"port|in use"):
                 async with started(**settings):
                     pass
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "robodual test")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    paths = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    paths[0].write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    paths[1].write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return paths
-
-
-async def test_tls_is_spoken_where_it_is_configured_and_plain_text_refused(certificate: tuple[Path, Path]) -> None:
-    path, key = certificate
-    async with started(tls_certificate=path, tls_key=key) as server:
-        credentials = grpc.ssl_channel_credentials(path.read_bytes())
-        async with grpc.aio.secure_channel(f"127.0.0.1:{server.port}", credentials) as channel:
-            assert await rpc.Stub(channel, rpc.SPECIALIST).GetInfo(wire.InfoRequest(), timeout=10) == INFO
-        async with channel_to(server) as channel:
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await rpc.Stub(channel, rpc.SPECIALIST).GetInfo(wire.InfoRequest(), timeout=10)
-            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
-        with pytest.raises(httpx.TransportError):
-            await http(server, "/healthz")
 
 
 async def test_bytes_that_are_no_request_are_refused_and_not_an_error_of_ours(

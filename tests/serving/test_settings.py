@@ -25,7 +25,7 @@ def test_arguments_come_before_own_variables_before_shared_ones(monkeypatch: pyt
     assert GeneralistSettings().profile == "robodual-7b"
 
 
-@pytest.mark.parametrize("name", ["ROBODUAL_SPECIALIST_PROT", "ROBODUAL_PROFIEL", "ROBODUAL_PORT"])
+@pytest.mark.parametrize("name", ["ROBODUAL_SPECIALIST_PROT", "ROBODUAL_PROFIEL", "ROBODUAL_PORT", "ROBODUAL_TOKENZ"])
 def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
     with pytest.raises(ValidationError, match=f"{name} is no setting"):
@@ -37,6 +37,24 @@ def test_variables_of_the_other_service_and_of_the_client_are_not_ours(monkeypat
     monkeypatch.setenv("ROBODUAL_TOKEN", TOKEN)
     assert GeneralistSettings().max_batch == 8
     assert SpecialistSettings().max_sessions == 3
+
+
+def test_devices_take_the_place_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GeneralistSettings().places == ("auto",)
+    assert GeneralistSettings(device="cuda:1").places == ("cuda:1",)
+    monkeypatch.setenv("ROBODUAL_DEVICES", "cuda:0, cuda:1")
+    assert SpecialistSettings().places == ("cuda:0", "cuda:1")
+    with pytest.raises(ValidationError, match="devices: cuda:0,cuda:1 is given, and device: cpu too; leave one out"):
+        SpecialistSettings(device="cpu")
+    monkeypatch.setenv("ROBODUAL_SPECIALIST_DEVICE", "cpu")
+    with pytest.raises(ValidationError, match="leave one out"):
+        SpecialistSettings()
+
+
+@pytest.mark.parametrize("devices", ["cpu,cuda:0", "auto,cuda:1", "cuda:0,"])
+def test_devices_that_would_answer_differently_are_refused(devices: str) -> None:
+    with pytest.raises(ValidationError, match="devices: expected devices of one kind"):
+        SpecialistSettings(devices=devices)  # type: ignore[arg-type]
 
 
 def test_an_unknown_argument_is_an_error() -> None:
@@ -74,9 +92,27 @@ def test_a_weak_token_is_refused_without_being_shown(token: str) -> None:
     assert token not in str(failure.value)
 
 
-def test_half_of_a_tls_pair_is_refused() -> None:
-    with pytest.raises(ValidationError, match="both or neither"):
-        GeneralistSettings(tls_certificate=Path("certificate.pem"))
+def test_a_file_of_tokens_opens_to_other_machines_and_is_named_where_it_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text(TOKEN)
+    settings = GeneralistSettings(host="0.0.0.0", tokens_file=tmp_path / "tokens")
+    assert TOKEN not in repr(settings)
+    with pytest.raises(ValidationError, match=r"tokens_file: .*absent is no file"):
+        GeneralistSettings(tokens_file=tmp_path / "absent")
+
+
+@pytest.mark.parametrize("kind", ["tls", "redis"])
+def test_half_of_a_pair_is_refused(kind: str) -> None:
+    with pytest.raises(ValidationError, match=f"{kind}_certificate and {kind}_key: give both or neither"):
+        GeneralistSettings(**{f"{kind}_certificate": Path("certificate.pem")})  # type: ignore[arg-type]
+
+
+def test_files_without_the_tls_that_they_are_for_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").touch()
+    with pytest.raises(ValidationError, match="tls_client_ca: needs tls_certificate"):
+        GeneralistSettings(tls_client_ca=tmp_path / "ca.pem")
+    with pytest.raises(ValidationError, match="redis_ca and redis_certificate: need a redis_url"):
+        GeneralistSettings(redis_ca=tmp_path / "ca.pem")
+    GeneralistSettings(redis_ca=tmp_path / "ca.pem", redis_url="rediss://redis.lab:6379/0")  # type: ignore[arg-type]
 
 
 def test_a_tls_file_that_is_not_there_is_named(tmp_path: Path) -> None:

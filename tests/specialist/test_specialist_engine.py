@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -176,7 +180,55 @@ def test_bfloat16_stays_near_float32() -> None:
     assert distance(short.act([request(short, 1, 30)])[0], answer.chunk) < 0.3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What waits for the device raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode says that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_step_waits_for_the_device_only_for_its_answer() -> None:
+    captured = load_specialist("toy", device="cuda", seed=1)
+    requests = [request(captured, seed, 20 * seed) for seed in (1, 2, 3)]
+    first, *_ = captured.act(requests)  # captured here, which does wait
+    requests[0] = replace(requests[0], previous=first.features)
+    requests[1] = replace(requests[1], previous=frame(9).rgb_static)
+    expected = captured.act(requests)
+    with torch.inference_mode(), no_waiting():
+        chunks, _ = captured._run(captured._gather(requests))
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            chunks.cpu()
+    for chunk, answer in zip(chunks.cpu().numpy(), expected, strict=True):
+        assert np.abs(chunk - answer.chunk).max() < 1e-5
+
+
+@needs_gpu
+def test_engines_on_several_devices_capture_side_by_side(engine: SpecialistEngine) -> None:
+    """The second engine is on another device where there is one; its thread's current device is the first."""
+    devices = [f"cuda:{number % torch.cuda.device_count()}" for number in range(2)]
+    engines = [load_specialist("toy", device=device, seed=1) for device in devices]
+
+    def run(captured: SpecialistEngine) -> list[Answer]:
+        return [captured.act([request(captured, seed, 20)] * size)[0] for size in range(1, 5) for seed in range(1, 4)]
+
+    with ThreadPoolExecutor(len(engines)) as threads:
+        found = list(threads.map(run, engines))
+    expected = run(engine)
+    for answers in found:
+        for answer, one in zip(answers, expected, strict=True):
+            assert distance(answer, one.chunk) < 1e-3
+
+
+@needs_gpu
 def test_captured_steps_agree_with_the_cpu(engine: SpecialistEngine) -> None:
     captured = load_specialist("toy", device="cuda", seed=1)
     for batch in ([1], [2], [1, 2, 3], [3, 1, 2]):

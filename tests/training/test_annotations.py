@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pickle
+import pickle  # noqa: TID251 (what must be refused is made with it)
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any

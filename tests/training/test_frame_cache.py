@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import pickle
+import pickle  # noqa: TID251 (workers are given objects by it)
 from dataclasses import fields, replace
 from pathlib import Path
 

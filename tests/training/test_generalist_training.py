@@ -134,6 +134,7 @@ def test_what_cannot_be_combined_is_one_line(split: Path, tmp_path: Path) -> Non
     for source, options, values, message in (
         (SOURCE, LORA, {"fsdp": True}, "fsdp: is for all weights"),
         (four_bits, GeneralistOptions(use_lora=False), {}, "quantisation: quantised weights cannot be trained"),
+        (replace(SOURCE, quantisation="fp8"), GeneralistOptions(), {}, "quantisation: adapters are not trained on fp8"),
         (four_bits, LORA, {}, "merged: adapters are merged into whole weights"),
         (four_bits, GeneralistOptions(), {}, "quantisation: nf4 needs a CUDA device"),
     ):

@@ -69,8 +69,14 @@ def add(parser: argparse.ArgumentParser, *, sweep: bool = False) -> None:
 def add_services(group: Any) -> None:
     """Adds the flags that say where the services are, to a parser or a group of one."""
     group.add_argument("--generalist", default="127.0.0.1:50051", metavar="ADDRESS", help="(127.0.0.1:50051)")
-    group.add_argument("--specialist", default="127.0.0.1:50052", metavar="ADDRESS", help="(127.0.0.1:50052)")
+    group.add_argument(
+        "--specialist",
+        default="127.0.0.1:50052",
+        metavar="ADDRESS",
+        help="or dns:///NAME:PORT for replicas (127.0.0.1:50052)",
+    )
     group.add_argument("--schedule", default="published", help="published, every-N or async (published)")
+    group.add_argument("--otlp", metavar="URL", help="collector that gets a trace of each step (none)")
     group.add_argument("--tls", action="store_true", help="connect with TLS")
     group.add_argument("--tls-ca", metavar="FILE", help="PEM file of who signed the services' certificates")
 
@@ -78,6 +84,8 @@ def add_services(group: Any) -> None:
 def services(given: argparse.Namespace) -> dict[str, Any]:
     """The options of the policy `services` that the flags of `add_services` ask for."""
     options = {"generalist": given.generalist, "specialist": given.specialist, "schedule": given.schedule}
+    if given.otlp:
+        options["traces"] = given.otlp
     if given.tls or given.tls_ca:
         options["tls"] = {"ca": given.tls_ca} if given.tls_ca else True
     return options

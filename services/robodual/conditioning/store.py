@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis
@@ -16,43 +17,92 @@ from robodual.conditioning import codec
 from robodual.conditioning.record import Conditioning, Version
 
 CHANNEL = "robodual:conditioning"
+FOREIGN = "session_id: this session belongs to another token; use the token that opened it, or another session id"
 PING_INTERVAL = 2.0
 RECONNECT_FIRST = 0.05
 RECONNECT_MOST = 1.0
 
 T = TypeVar("T")
 
-# KEYS: the session's key. ARGV: session, episode, step, record, TTL in milliseconds, channel.
-# Returns 1 or 0 (stored or not) and the version that is there now. What is not a hash of ours is replaced.
-_PUT = """
+# Whether the record under KEYS[1] is another owner's. Owners are told apart only where both are named.
+_FOREIGN = """
+local function foreign(owner)
+    local held = redis.pcall('HGET', KEYS[1], 'owner')
+    return type(held) == 'string' and held ~= '' and owner ~= '' and held ~= owner
+end
+"""
+
+# KEYS: the session's key. ARGV: session, owner, episode, step, record, TTL in milliseconds, channel.
+# Returns 1, 0 or -1 (stored, not newer, another owner's) and the version that is there now. What is not a hash of ours
+# is replaced.
+_PUT = (
+    _FOREIGN
+    + """
 local held = redis.pcall('HMGET', KEYS[1], 'episode', 'step')
-local episode, step = tonumber(ARGV[2]), tonumber(ARGV[3])
+local episode, step = tonumber(ARGV[3]), tonumber(ARGV[4])
 if held.err then
     redis.call('DEL', KEYS[1])
+elseif foreign(ARGV[2]) then
+    return {-1, 0, 0}
 else
     local e, s = tonumber(held[1]), tonumber(held[2])
     if e and s and (e > episode or (e == episode and s >= step)) then
         return {0, e, s}
     end
 end
-redis.call('HSET', KEYS[1], 'episode', ARGV[2], 'step', ARGV[3], 'record', ARGV[4])
-redis.call('PEXPIRE', KEYS[1], ARGV[5])
-redis.call('PUBLISH', ARGV[6], ARGV[1] .. ' ' .. ARGV[2] .. ' ' .. ARGV[3])
+redis.call('HSET', KEYS[1], 'owner', ARGV[2], 'episode', ARGV[3], 'step', ARGV[4], 'record', ARGV[5])
+redis.call('PEXPIRE', KEYS[1], ARGV[6])
+redis.call('PUBLISH', ARGV[7], ARGV[1] .. ' ' .. ARGV[3] .. ' ' .. ARGV[4])
 return {1, episode, step}
 """
+)
 
-# KEYS: the session's key. ARGV: episode. Returns 1 if an older episode's record was dropped.
-_DROP_BEFORE = """
-local held = tonumber(redis.call('HGET', KEYS[1], 'episode'))
-if held and held < tonumber(ARGV[1]) then
-    return redis.call('DEL', KEYS[1])
+# KEYS: the session's key. ARGV: owner, episode, TTL in milliseconds. Returns 1 if an older episode's record was
+# dropped, -1 if the session is another owner's. An owner with a name leaves it there: the session is theirs now.
+_DROP_BEFORE = (
+    _FOREIGN
+    + """
+if foreign(ARGV[1]) then
+    return -1
 end
-return 0
+local held, dropped = tonumber(redis.call('HGET', KEYS[1], 'episode')), 0
+if held and held < tonumber(ARGV[2]) then
+    dropped = redis.call('DEL', KEYS[1])
+end
+if ARGV[1] ~= '' and redis.call('HSETNX', KEYS[1], 'owner', ARGV[1]) == 1 then
+    redis.call('PEXPIRE', KEYS[1], ARGV[3])
+end
+return dropped
 """
+)
+
+# KEYS: the session's key. ARGV: owner. Returns 1 if there was something to delete, -1 if it is another owner's.
+_DELETE = (
+    _FOREIGN
+    + """
+if foreign(ARGV[1]) then
+    return -1
+end
+return redis.call('DEL', KEYS[1])
+"""
+)
 
 
 class StoreUnavailable(Exception):
     """The store did not answer in time, or answered with an error; the message says which."""
+
+
+class ForeignSession(ValueError):
+    """The session in the store is another owner's."""
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files for a `rediss://` store: who signed its certificate (default: the system's roots), and our own."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -80,43 +130,53 @@ class Store:
 
     Every call answers within `timeout` seconds or raises `StoreUnavailable`; lost connections are re-established.
     Sessions' names are the caller's to check: they become part of the key as they are.
+
+    A session belongs to the first `owner` that drops or puts something in it, until it is deleted or expires; calls in
+    another's name raise `ForeignSession`. No name, "", is everyone's: it is that of services without tokens.
     """
 
-    def __init__(self, url: str, *, ttl: float = 600.0, timeout: float = 2.0) -> None:
-        """`ttl`: seconds that a record outlives its writing. Connects at the first call."""
-        self._ttl = ttl
+    def __init__(self, url: str, *, ttl: float = 600.0, timeout: float = 2.0, tls: Tls | None = None) -> None:
+        """`ttl`: seconds that a record outlives its writing. Connects at the first call.
+
+        Raises `ValueError` for a malformed URL; it does not show it.
+        """
+        self._milliseconds = int(ttl * 1000)
         self._timeout = timeout
         retry = Retry(ExponentialWithJitterBackoff(base=0.02, cap=0.5), retries=3)
-        self._redis = _connect(url, timeout, retry)
+        self._redis = _connect(url, timeout, retry, tls)
         # Its own connection, without silent retries, so that an interruption is noticed and told.
-        self._listener = _connect(url, timeout, Retry(NoBackoff(), retries=0))
+        self._listener = _connect(url, timeout, Retry(NoBackoff(), retries=0), tls)
         self._put = self._redis.register_script(_PUT)
         self._drop_before = self._redis.register_script(_DROP_BEFORE)
+        self._delete = self._redis.register_script(_DELETE)
 
-    async def put(self, session: str, conditioning: Conditioning) -> tuple[bool, Version]:
+    async def put(self, session: str, conditioning: Conditioning, owner: str = "") -> tuple[bool, Version]:
         """Stores and announces `conditioning` unless the store holds its version or a newer one, in one atomic step.
 
         Returns whether it was stored, and the newest version in the store after the call.
         """
         record = codec.encode(conditioning)
-        arguments = (session, *conditioning.version, record, int(self._ttl * 1000), CHANNEL)
+        arguments = (session, owner, *conditioning.version, record, self._milliseconds, CHANNEL)
         stored, episode, step = await self._ask(self._put(keys=[_key(session)], args=arguments))
-        return bool(stored), Version(episode, step)
+        return _own(stored), Version(episode, step)
 
-    async def fetch(self, session: str) -> Conditioning | None:
+    async def fetch(self, session: str, owner: str = "") -> Conditioning | None:
         """The session's latest conditioning, or None. Raises `RecordError` for a record that cannot be read."""
-        record = await self._ask(self._redis.hget(_key(session), "record"))
+        record, held = await self._ask(self._redis.hmget(_key(session), "record", "owner"))
+        if held and owner and held != owner.encode():
+            raise ForeignSession(FOREIGN)
         if record is None:
             return None
         return await asyncio.to_thread(codec.decode, record)
 
-    async def delete(self, session: str) -> bool:
-        """Drops the session's conditioning; returns whether there was one."""
-        return bool(await self._ask(self._redis.delete(_key(session))))
+    async def delete(self, session: str, owner: str = "") -> bool:
+        """Drops all of the session; returns whether there was anything."""
+        return _own(await self._ask(self._delete(keys=[_key(session)], args=[owner])))
 
-    async def drop_before(self, session: str, episode: int) -> bool:
+    async def drop_before(self, session: str, episode: int, owner: str = "") -> bool:
         """Drops the session's conditioning if it is of an episode before `episode`; returns whether it was."""
-        return bool(await self._ask(self._drop_before(keys=[_key(session)], args=[episode])))
+        arguments = (owner, episode, self._milliseconds)
+        return _own(await self._ask(self._drop_before(keys=[_key(session)], args=arguments)))
 
     async def ping(self) -> None:
         """Returns if the store answers."""
@@ -168,10 +228,31 @@ class Store:
             raise StoreUnavailable(f"the conditioning store did not answer: {_reason(error)}") from error
 
 
-def _connect(url: str, timeout: float, retry: Retry) -> Redis:
-    return Redis.from_url(
-        url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=retry, protocol=2, decode_responses=False
-    )
+def _connect(url: str, timeout: float, retry: Retry, tls: Tls | None) -> Redis:
+    files = {} if tls is None else {"ca_certs": tls.ca, "certfile": tls.certificate, "keyfile": tls.key}
+    given: dict[str, Any] = {f"ssl_{name}": str(path) for name, path in files.items() if path is not None}
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            retry=retry,
+            protocol=2,
+            decode_responses=False,
+            **given,
+        )
+    except ValueError:
+        # Its own message may show a piece of the password, which an unescaped character has made a host or a port.
+        raise ValueError(
+            "redis_url: expected redis://[USER]:PASSWORD@HOST:PORT/DB, rediss:// or unix://; "
+            "percent-encode any of /?#@:% in the password"
+        ) from None
+
+
+def _own(answer: int) -> bool:
+    if answer < 0:
+        raise ForeignSession(FOREIGN)
+    return bool(answer)
 
 
 def _key(session: str) -> str:

@@ -30,11 +30,11 @@ class Decoded:
 class _Sequence:
     """A batch of sequences inside the Llama: its cache, mask and positions, one longer with every token."""
 
-    def __init__(self, model: Generalist, embeddings: Tensor, mask: Tensor) -> None:
+    def __init__(self, model: Generalist, embeddings: Tensor, mask: Tensor, *, padded: bool) -> None:
         self.model = model
         self.cache: Cache = DynamicCache(config=model.language_model.config)
         # Without padding no mask is needed, and attention takes its fastest kernel.
-        self.mask = None if bool(mask.all()) else mask
+        self.mask = mask if padded else None
         self.position = mask.sum(dim=1, keepdim=True)  # [B, 1], of the next token
         self.forwards = 0
         self.prefill = self._forward(embeddings, (mask.cumsum(dim=1) - 1).clamp(min=0))
@@ -96,8 +96,8 @@ def decode(
     [B, 64], the tokens that the caller expects (say, the last chunk moved on).
     """
     embeddings, mask = model.embed(pixels, prompts)
-    sequence = _Sequence(model, embeddings, mask)
-    layout = _layout(model).to(embeddings.device)
+    sequence = _Sequence(model, embeddings, mask, padded=len({len(prompt) for prompt in prompts}) > 1)
+    layout = _layout(model)
     guesses = torch.where(layout < 0, drafts, layout) if drafts is not None else layout.repeat(len(prompts), 1)
     guessed = [drafts is not None or place % (ACTION + 1) == ACTION for place in range(GENERATED)]
 
@@ -127,7 +127,7 @@ def decode(
 def _layout(model: Generalist) -> Tensor:
     """int64 [64]: the separators and the end where they belong, -1 in the actions' places."""
     ids = model.config.tokens
-    places = torch.full((CHUNK, ACTION + 1), -1)
+    places = torch.full((CHUNK, ACTION + 1), -1, device=model.device)
     places[:, ACTION] = ids.separator
     places[-1, ACTION] = ids.eos
     return places.view(GENERATED)

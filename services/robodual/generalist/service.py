@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -14,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from robodual.conditioning.record import Conditioning, Version
-from robodual.conditioning.store import Store, StoreUnavailable
+from robodual.conditioning.store import ForeignSession, Store, StoreUnavailable, Tls
+from robodual.facts import together
 from robodual.generalist.engine import GeneralistEngine, Thought, load_generalist
 from robodual.profiles import shipped
-from robodual.serving import fields, server
+from robodual.serving import auth, fields, server
 from robodual.serving.batching import Batcher
-from robodual.serving.errors import InvalidArgument, Unavailable
+from robodual.serving.errors import InvalidArgument, PermissionDenied, Unavailable
 from robodual.serving.info import describe
+from robodual.serving.leases import Leases
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Background, Readiness
 from robodual.serving.server import Server
@@ -45,33 +48,39 @@ class GeneralistService:
     """The methods of `robodual.v1.Generalist`, as protos/robodual/v1/generalist.proto describes them."""
 
     def __init__(
-        self, batcher: Batcher[Glance, Thought], store: Store, info: wire.InfoResponse, metrics: Metrics
+        self,
+        batchers: Sequence[Batcher[Glance, Thought]],
+        store: Store,
+        leases: Leases,
+        info: wire.InfoResponse,
+        metrics: Metrics,
     ) -> None:
-        self._batcher = batcher
+        self._batchers = batchers
         self._store = store
+        self._leases = leases
         self._info = info
         self._metrics = metrics
 
     async def Condition(self, request: wire.ConditionRequest, context: Any) -> wire.ConditionResponse:
         timings = Timings(self._metrics)
-        session = fields.session_id(request)
+        session, owner = fields.session_id(request), auth.owner()
         instruction = request.instruction
         if not instruction.strip() or len(instruction) > MAX_INSTRUCTION:
             raise InvalidArgument(
                 f"instruction: expected 1 to {MAX_INSTRUCTION} characters that say what to do, got {len(instruction)}"
             )
+        self._leases.renew(owner, session)
         frame = await fields.image(request, "rgb_static", field="rgb_static", sides=tensors.IMAGE_SIDES)
         timings.lap("decode")
-        done = await self._batcher.submit(
-            Glance(frame, instruction), session=session, deadline=server.deadline(context)
-        )
+        batcher = min(self._batchers, key=lambda batcher: batcher.load)
+        done = await batcher.submit(Glance(frame, instruction), session=session, deadline=server.deadline(context))
         timings.add("queue", done.queued)
         timings.add("think", done.computed)
         thought = done.answer
         self._metrics.malformed.inc(thought.malformed_tokens)
         conditioning = Conditioning(request.episode, request.step, thought.reference_actions, thought.hidden_states)
         with _reachable():
-            stored, latest = await self._store.put(session, conditioning)
+            stored, latest = await self._store.put(session, conditioning, owner)
         timings.lap("store")
         return wire.ConditionResponse(
             version=_message(conditioning.version),
@@ -82,45 +91,56 @@ class GeneralistService:
         )
 
     async def Reset(self, request: wire.ResetRequest, context: Any) -> wire.ResetResponse:
-        session = fields.session_id(request)
+        session, owner = fields.session_id(request), auth.owner()
+        self._leases.renew(owner, session)
         with _reachable():
-            await self._store.drop_before(session, request.episode)
+            await self._store.drop_before(session, request.episode, owner)
         return wire.ResetResponse()
 
     async def Close(self, request: wire.CloseRequest, context: Any) -> wire.CloseResponse:
-        session = fields.session_id(request)
+        session, owner = fields.session_id(request), auth.owner()
         with _reachable():
-            return wire.CloseResponse(was_open=await self._store.delete(session))
+            was_open = await self._store.delete(session, owner)
+        self._leases.end(owner, session)
+        return wire.CloseResponse(was_open=was_open)
 
     async def GetInfo(self, request: wire.InfoRequest, context: Any) -> wire.InfoResponse:
         return self._info
 
 
 @asynccontextmanager
-async def serving(settings: GeneralistSettings, engine: GeneralistEngine | None = None) -> AsyncIterator[Server]:
-    """A generalist service that is ready (the store aside), with `engine` or one that it loads; drains on exit."""
+async def serving(settings: GeneralistSettings, *engines: GeneralistEngine) -> AsyncIterator[Server]:
+    """A generalist service that is ready (the store aside), with `engines` or those it loads; drains on exit."""
     metrics = Metrics()
     readiness = Readiness(model="loading", store="not asked yet")
-    store = Store(settings.redis_url.get_secret_value(), ttl=settings.conditioning_ttl, timeout=settings.redis_timeout)
+    store = Store(
+        settings.redis_url.get_secret_value(),
+        ttl=settings.conditioning_ttl,
+        timeout=settings.redis_timeout,
+        tls=Tls(settings.redis_ca, settings.redis_certificate, settings.redis_key),
+    )
     endpoints = Server(settings, readiness, metrics)
     async with contextlib.AsyncExitStack() as cleanup:
         cleanup.push_async_callback(store.close)
         await endpoints.start()
         cleanup.push_async_callback(endpoints.stop)
-        model = await asyncio.to_thread(_load, settings) if engine is None else engine
-
-        def think(glances: Sequence[Glance]) -> list[Thought]:
-            return model.think([glance.frame for glance in glances], [glance.instruction for glance in glances])
-
-        batcher = Batcher(think, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
-        cleanup.push_async_callback(batcher.close)
-        await batcher.call(think, [Glance(np.zeros((200, 200, 3), np.uint8), "warm up")])
+        models = engines or await asyncio.to_thread(_load, settings)
+        batchers = []
+        for model in models:
+            think = functools.partial(_think, model)
+            batcher = Batcher(think, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
+            cleanup.push_async_callback(batcher.close)
+            await batcher.call(think, [Glance(np.zeros((200, 200, 3), np.uint8), "warm up")])
+            batchers.append(batcher)
         readiness.meet("model")
         background = Background(readiness)
         background.run("heartbeat", _watch(store, readiness, metrics))
         cleanup.push_async_callback(background.close)
-        info = describe("generalist", model.facts, ["rgb_static"])
-        endpoints.open(GeneralistService(batcher, store, info, metrics), info)
+        facts = together([model.facts for model in models])
+        info = describe("generalist", facts, ["rgb_static"])
+        metrics.watch_memory(*facts.device.split(","))
+        leases = Leases(most=settings.max_sessions_per_token, ttl=settings.conditioning_ttl)
+        endpoints.open(GeneralistService(batchers, store, leases, info, metrics), info)
         cleanup.push_async_callback(endpoints.drain)
         yield endpoints
 
@@ -130,14 +150,22 @@ def run(settings: GeneralistSettings) -> None:
     server.run(settings, serving(settings))
 
 
-def _load(settings: GeneralistSettings) -> GeneralistEngine:
+def _think(model: GeneralistEngine, glances: Sequence[Glance]) -> list[Thought]:
+    return model.think([glance.frame for glance in glances], [glance.instruction for glance in glances])
+
+
+def _load(settings: GeneralistSettings) -> tuple[GeneralistEngine, ...]:
+    return tuple(_load_on(device, settings) for device in settings.places)
+
+
+def _load_on(device: str, settings: GeneralistSettings) -> GeneralistEngine:
     try:
         return load_generalist(
             settings.profile,
             checkpoint=settings.checkpoint or shipped(settings.profile, "generalist"),
             adapters=settings.adapters,
             merge_adapters=settings.merge_adapters,
-            device=settings.device,
+            device=device,
             dtype=settings.dtype,
             seed=settings.seed,
             attention=settings.attention,
@@ -146,8 +174,8 @@ def _load(settings: GeneralistSettings) -> GeneralistEngine:
         )
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"device: {settings.device} has no room for these weights with quantisation {settings.quantisation}; "
-            "choose int8 or nf4, or a device with more memory"
+            f"device: {device} has no room for these weights with quantisation {settings.quantisation}; "
+            "choose int8, fp8 or nf4, or a device with more memory"
         ) from error
 
 
@@ -176,6 +204,8 @@ def _reachable() -> Iterator[None]:
         yield
     except StoreUnavailable as error:
         raise Unavailable(str(error)) from error
+    except ForeignSession as error:
+        raise PermissionDenied(str(error)) from error
 
 
 def _message(version: Version) -> wire.Version:

@@ -12,6 +12,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from robodual.serving import auth
 from robodual.serving.errors import InvalidArgument, ServiceError
 from robodual.serving.metrics import Metrics
 
@@ -122,7 +123,11 @@ class _Messages:
 
 
 def _parsed(request: bytes, parse: Parse | None) -> Any:
-    """The message in `request`; the bytes themselves for a handler that reads none. Raises `InvalidArgument`."""
+    """The message in `request`; the bytes themselves for a handler that reads none.
+
+    Raises `InvalidArgument`, and what `auth.admit` raises.
+    """
+    auth.admit()
     if parse is None:
         return request
     try:

@@ -21,6 +21,10 @@ class Unauthenticated(ServiceError):
     code = grpc.StatusCode.UNAUTHENTICATED
 
 
+class PermissionDenied(ServiceError):
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class NotFound(ServiceError):
     code = grpc.StatusCode.NOT_FOUND
 

@@ -37,8 +37,8 @@ def session_id(request: Any) -> str:
 
 
 @functools.cache
-def _labels(descriptor: Any) -> list[str]:
-    return [name for name in _LABELS if name in descriptor.fields_by_name]
+def _labels(message: Any) -> list[str]:
+    return [name for name in _LABELS if name in message.fields_by_name]
 
 
 async def image(message: Any, name: str, *, field: str, sides: range) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from google.protobuf.json_format import MessageToDict
 
 import robodual
 from robodual.serving.auth import Authenticator
+from robodual.serving.errors import ResourceExhausted
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
 from robodual_client import wire
@@ -30,13 +32,19 @@ def application(
     app = FastAPI(title="RoboDual Serve", version=robodual.__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
     def authorized(authorization: Annotated[str | None, Header()] = None) -> None:
-        if not authenticator.accepts(authorization):
+        caller = authenticator.caller(authorization)
+        if caller is None:
             raise HTTPException(
                 401, "expected the header 'Authorization: Bearer TOKEN'", {"WWW-Authenticate": "Bearer"}
             )
+        try:
+            caller.admit()
+        except ResourceExhausted as error:
+            raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
 
     guarded = APIRouter(
-        dependencies=[Depends(authorized)], responses={401: {"description": "no token, or a wrong one"}}
+        dependencies=[Depends(authorized)],
+        responses={401: {"description": "no token, or a wrong one"}, 429: {"description": "over the token's rate"}},
     )
 
     @app.get("/healthz")
@@ -76,9 +84,19 @@ class HttpServer:
     """Uvicorn in the event loop that is running, on a socket that is bound from the start."""
 
     def __init__(
-        self, app: FastAPI, host: str, port: int, *, certificate: Path | None = None, key: Path | None = None
+        self,
+        app: FastAPI,
+        host: str,
+        port: int,
+        *,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        client_ca: Path | None = None,
     ) -> None:
-        """Port 0 takes a free one. Raises `OSError` if the address is taken."""
+        """Port 0 takes a free one; with `client_ca`, callers must show a certificate of that authority.
+
+        Raises `OSError` if the address is taken.
+        """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -99,6 +117,8 @@ class HttpServer:
             timeout_graceful_shutdown=1,
             ssl_certfile=certificate,
             ssl_keyfile=key,
+            ssl_ca_certs=None if client_ca is None else str(client_ca),
+            ssl_cert_reqs=ssl.CERT_NONE if client_ca is None else ssl.CERT_REQUIRED,
         )
         self._server = _Uvicorn(config)
         self._task: asyncio.Task[None] | None = None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 STEPS = (0, 1, 2, 4, 7, 8, 16, 32, 64)
+STALE = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 BATCHES = (1, 2, 4, 8, 16, 32)
 
 
@@ -33,6 +36,12 @@ class Metrics:
         self.conditioning_age = Histogram(
             "robodual_conditioning_age_steps", "Age of the conditioning used.", buckets=STEPS, registry=registry
         )
+        self.conditioning_staleness = Histogram(
+            "robodual_conditioning_staleness_seconds",
+            "Time since the conditioning used was ready here.",
+            buckets=STALE,
+            registry=registry,
+        )
         self.degraded = Counter("robodual_degraded_answers", "Answers marked as degraded.", registry=registry)
         self.malformed = Counter(
             "robodual_malformed_tokens", "Decoded tokens that did not fit the action layout.", registry=registry
@@ -40,12 +49,39 @@ class Metrics:
         self.refused_records = Counter(
             "robodual_refused_records", "Conditioning records that could not be read.", registry=registry
         )
+        self.resumed = Counter(
+            "robodual_resumed_sessions", "Sessions that went on here from a recovery state.", registry=registry
+        )
+        self.ready = Gauge("robodual_ready", "1 while the service is ready.", registry=registry)
         self.store_up = Gauge("robodual_store_up", "1 while the conditioning store answers.", registry=registry)
+
+        self.device_memory = Gauge(
+            "robodual_device_memory_bytes",
+            "Memory of a GPU: allocated and reserved by this process, used by all, and in total.",
+            ["device", "kind"],
+            registry=registry,
+        )
+        ProcessCollector(registry=registry)
 
         # One lookup without the library's locks: a request passes through half a dozen stages.
         self.stage = functools.cache(self.stages.labels)
         self.request = functools.cache(self.requests.labels)
 
+    def watch_memory(self, *devices: str) -> None:
+        """Has `device_memory` asked for whenever it is shown, for those of `devices` that are GPUs."""
+        for device in devices:
+            if device.startswith("cuda"):
+                for kind, ask in _MEMORY.items():
+                    self.device_memory.labels(device, kind).set_function(functools.partial(ask, device))
+
     def exposition(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+_MEMORY: dict[str, Callable[[str], float]] = {
+    "allocated": torch.cuda.memory_allocated,
+    "reserved": torch.cuda.memory_reserved,
+    "used": lambda device: torch.cuda.mem_get_info(device)[1] - torch.cuda.mem_get_info(device)[0],
+    "total": lambda device: torch.cuda.mem_get_info(device)[1],
+}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import structlog
@@ -21,9 +22,11 @@ from robodual.serving.errors import Unavailable
 from robodual.serving.http import HttpServer, application
 from robodual.serving.logging import configure
 from robodual.serving.metrics import Metrics
-from robodual.serving.readiness import Readiness
+from robodual.serving.readiness import Background, Readiness
 from robodual.serving.settings import GeneralistSettings, Settings, SpecialistSettings, is_loopback
+from robodual.serving.tracing import TraceInterceptor
 from robodual_client import wire
+from robodual_client.tracing import Tracer
 from robodual_client.wire import rpc
 
 logger = structlog.get_logger(__name__)
@@ -44,16 +47,23 @@ class Server:
         self._settings = settings
         self._name = {"generalist": rpc.GENERALIST, "specialist": rpc.SPECIALIST}[settings.service]
         self._info: wire.InfoResponse | None = None
-        authenticator = Authenticator(settings.tokens)
-        app = application(readiness, metrics, authenticator, lambda: self._info)
+        self._authenticator = Authenticator(settings.tokens, file=settings.tokens_file, max_rate=settings.max_rate)
+        app = application(readiness, metrics, self._authenticator, lambda: self._info)
         self._http = HttpServer(
-            app, settings.host, settings.http_port, certificate=settings.tls_certificate, key=settings.tls_key
+            app,
+            settings.host,
+            settings.http_port,
+            certificate=settings.tls_certificate,
+            key=settings.tls_key,
+            client_ca=settings.tls_client_ca,
         )
         self._health = health.aio.HealthServicer()
         # Calls first: an interceptor wraps those after it.
         self._calls = CallInterceptor(metrics)
+        self._tracer = None if settings.traces is None else Tracer(settings.traces, f"robodual-{settings.service}")
+        tracing = [] if self._tracer is None else [TraceInterceptor(self._tracer)]
         self._grpc = grpc.aio.server(
-            interceptors=[self._calls, AuthInterceptor(authenticator)],
+            interceptors=[self._calls, AuthInterceptor(self._authenticator), *tracing],
             options=_options(settings),
             maximum_concurrent_rpcs=MAX_CALLS,
         )
@@ -61,7 +71,7 @@ class Server:
         self._grpc.add_generic_rpc_handlers((self._methods,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((self._name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
-        self._publisher: asyncio.Task[None] | None = None
+        self._background = Background(readiness)
         self._end_streams: Callable[[], None] | None = None
 
     @property
@@ -76,7 +86,9 @@ class Server:
         try:
             if settings.tls_certificate is not None and settings.tls_key is not None:
                 pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
-                self.port = self._grpc.add_secure_port(f"{host}:{settings.port}", grpc.ssl_server_credentials([pair]))
+                ca = None if settings.tls_client_ca is None else settings.tls_client_ca.read_bytes()
+                credentials = grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+                self.port = self._grpc.add_secure_port(f"{host}:{settings.port}", credentials)
             else:
                 self.port = self._grpc.add_insecure_port(f"{host}:{settings.port}")
         except RuntimeError as error:
@@ -87,9 +99,14 @@ class Server:
             raise OSError(f"port: cannot listen on {host}:{settings.port}; does another service?") from error
         await self._publish()
         await self._grpc.start()
-        self._publisher = asyncio.create_task(self._keep_publishing())
+        self._background.run("health", self._keep_publishing())
+        if settings.tokens_file is not None:
+            self._background.run("tokens", self._authenticator.follow())
         if not is_loopback(settings.host) and settings.tls_certificate is None:
             logger.warning("tokens and frames travel unencrypted; set tls_certificate and tls_key")
+        store = urlsplit(settings.redis_url.get_secret_value())
+        if store.scheme == "redis" and not is_loopback(store.hostname or "localhost"):
+            logger.warning("conditionings and the password of Redis travel unencrypted; use rediss:// in redis_url")
 
     def open(
         self,
@@ -124,13 +141,14 @@ class Server:
     async def stop(self) -> None:
         """Stops at once what `drain` has left."""
         await self._grpc.stop(None)
-        if self._publisher is not None:
-            self._publisher.cancel()
-            await asyncio.gather(self._publisher, return_exceptions=True)
+        await self._background.close()
         await self._http.stop()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
     async def _publish(self) -> None:
         states = health_pb2.HealthCheckResponse
+        self.metrics.ready.set(self.readiness.ready)
         state = states.SERVING if self.readiness.ready else states.NOT_SERVING
         await self._health.set("", state)
         await self._health.set(self._name, state)

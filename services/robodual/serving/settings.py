@@ -1,7 +1,8 @@
-"""What a service can be told: by argument, by environment, else the defaults here.
+"""What a service can be told: by argument, by environment, by a file, else the defaults here.
 
 A field of `Settings` is read from `ROBODUAL_GENERALIST_X` or `ROBODUAL_SPECIALIST_X`, else from `ROBODUAL_X`, which
-goes for both services; the fields of one service alone only from its own variables.
+goes for both services, else from the file's table of the service, else from its table [shared]; the fields of one
+service alone only from its own variables and table.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
@@ -21,11 +22,15 @@ from pydantic_settings import (
 )
 
 from robodual.images import Strategy
+from robodual.serving import settings_file, tokens
 
 SHARED_PREFIX = "ROBODUAL_"
 # Variables of the client, of the tests and of each service, which are not shared settings.
+CLIENT = "ROBODUAL_TOKEN"
 TESTS = ("ROBODUAL_PARITY_DIR", "ROBODUAL_CALVIN_DATA", "ROBODUAL_PYTHON38")
-OTHERS = ("ROBODUAL_TOKEN", "ROBODUAL_CLIENT_", "ROBODUAL_GENERALIST_", "ROBODUAL_SPECIALIST_", *TESTS)
+OTHERS = ("ROBODUAL_CLIENT_", "ROBODUAL_GENERALIST_", "ROBODUAL_SPECIALIST_", *TESTS)
+
+FILES = ("tokens_file", "tls_certificate", "tls_key", "tls_client_ca", "redis_ca", "redis_certificate", "redis_key")
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -33,61 +38,100 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseSettings):
-    """What both services share. Frozen; an unknown variable or argument is an error that names it."""
+    """What both services share. Frozen; an unknown variable, argument or key of the file is an error that names it."""
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, env_ignore_empty=True, hide_input_in_errors=True)
+    service: ClassVar[str] = "shared"
 
+    config: Path | None = Field(None, description="a TOML file with the tables [shared], [generalist], [specialist]")
     profile: str = "playtable"
     device: str = "auto"
+    devices: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="instead of device: one engine on each, behind the one port; comma-separated"
+    )
     dtype: str = "auto"
     seed: int = Field(0, description="of random weights, where there is no checkpoint")
     host: str = "127.0.0.1"
     redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="redis://, rediss:// or unix://")
+    redis_ca: Path | None = Field(None, description="PEM: who signed a rediss:// server's certificate")
+    redis_certificate: Path | None = Field(None, description="PEM: shown to a rediss:// server that asks for one")
+    redis_key: Path | None = None
     redis_timeout: Seconds = 2.0
     conditioning_ttl: Seconds = Field(600.0, description="seconds that a conditioning stays in the store")
-    tokens: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="any of them opens; comma-separated")
+    tokens: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="TOKEN or NAME:TOKEN, comma-separated")
+    tokens_file: Path | None = Field(None, description="more tokens, one a line; read again when it changes")
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    tls_client_ca: Path | None = Field(None, description="PEM: callers must show a certificate that it signed")
     insecure: bool = Field(False, description="allows a bind to other addresses than loopback without a token")
     max_message_bytes: int = Field(16 * 2**20, ge=2**16, le=2**30)
     max_queue: Count = Field(64, description="requests that wait for the model before more are turned away")
     max_batch: Count = 8
+    max_rate: float | None = Field(None, gt=0, description="requests a second of one token; by default any number")
+    max_sessions_per_token: Count | None = Field(None, description="by default as many as there is room for")
     shutdown_grace: Seconds = Field(10.0, description="seconds that requests in flight get to finish at shutdown")
+    traces: str | None = Field(None, description="an OTLP/HTTP collector, http://HOST:4318, that gets every trace")
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("tokens", mode="before")
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The device of each engine."""
+        return self.devices or (self.device,)
+
+    @field_validator("tokens", "devices", mode="before")
     @classmethod
-    def _split_tokens(cls, value: object) -> object:
-        return tuple(token.strip() for token in value.split(",")) if isinstance(value, str) else value
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
     @field_validator("tokens")
     @classmethod
     def _check_tokens(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        for token in value:
-            text = token.get_secret_value()
-            if len(text) < 16 or not text.isascii() or not text.isprintable() or " " in text:
-                raise ValueError("each token must be at least 16 printable ASCII characters without spaces")
+        tokens.parse((f"number {n}", token.get_secret_value()) for n, token in enumerate(value, 1))
         return value
 
     @model_validator(mode="before")
     @classmethod
-    def _check_environment(cls, data: object) -> object:
+    def _complete(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Adds what the file says, where neither argument nor environment does."""
         check_environment(cls)
-        return data
+        path = data.get("config")
+        if not path:
+            return data
+        return {**settings_file.merged(settings_file.read(Path(path), TABLES), cls.service), **data}
+
+    @model_validator(mode="after")
+    def _check_devices(self) -> Settings:
+        if self.devices and "device" in self.model_fields_set:
+            raise ValueError(
+                f"devices: {','.join(self.devices)} is given, and device: {self.device} too; "
+                "leave one out (devices may name a single one)"
+            )
+        if len({name.partition(":")[0] for name in self.devices}) > 1:
+            raise ValueError(
+                f"devices: expected devices of one kind, which give the same answers, not {','.join(self.devices)}; "
+                "name CUDA devices alone (cuda:0,cuda:1), or the CPU alone"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_exposure(self) -> Settings:
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("tls_certificate and tls_key: give both or neither")
-        for name in ("tls_certificate", "tls_key"):
+        for kind in ("tls", "redis"):
+            if (getattr(self, f"{kind}_certificate") is None) != (getattr(self, f"{kind}_key") is None):
+                raise ValueError(f"{kind}_certificate and {kind}_key: give both or neither")
+        for name in FILES:
             path: Path | None = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ValueError(f"{name}: {path} is no file")
-        if not is_loopback(self.host) and not self.tokens and not self.insecure:
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca: needs tls_certificate and tls_key; without them there is no TLS")
+        encrypted = self.redis_url.get_secret_value().startswith("rediss://")
+        if not encrypted and (self.redis_ca is not None or self.redis_certificate is not None):
+            raise ValueError("redis_ca and redis_certificate: need a redis_url that begins with rediss://")
+        if not (is_loopback(self.host) or self.tokens or self.tokens_file or self.insecure):
             raise ValueError(
-                f"host: {self.host} can be reached from other machines; set tokens (ROBODUAL_TOKENS), "
-                "or insecure=true to serve anyone"
+                f"host: {self.host} can be reached from other machines; set tokens (ROBODUAL_TOKENS or "
+                "ROBODUAL_TOKENS_FILE), or insecure=true to serve anyone"
             )
         return self
 
@@ -111,7 +155,7 @@ class GeneralistSettings(Settings):
     adapters: Annotated[tuple[Path, ...], NoDecode] = Field((), description="LoRA folders, in order; comma-separated")
     merge_adapters: bool = Field(True, description="false keeps them beside the weights; better with quantisation")
     attention: str = Field("auto", description="auto, sdpa, flash_attention_2 or eager")
-    quantisation: str = Field("none", description="none, int8 or nf4")
+    quantisation: str = Field("none", description="none, int8, fp8 or nf4")
     constrained: bool | None = Field(None, description="decoding keeps to 8 x 7 actions; by default the profile's")
     port: Port = 50051
     http_port: Port = 8051
@@ -145,6 +189,9 @@ class SpecialistSettings(Settings):
     max_age_steps: int = Field(64, ge=0, description="a conditioning older than this is not used")
 
 
+TABLES = {kind.service: kind for kind in (Settings, GeneralistSettings, SpecialistSettings)}
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host`, an address or a name, stands for this machine alone."""
     try:
@@ -159,7 +206,7 @@ def check_environment(kind: type[BaseSettings]) -> None:
     for name in sorted(name.upper() for name in os.environ):
         if name.startswith(own) and own != SHARED_PREFIX:
             known = name.removeprefix(own).lower() in kind.model_fields
-        elif name.startswith(SHARED_PREFIX) and not name.startswith(OTHERS):
+        elif name.startswith(SHARED_PREFIX) and not name.startswith(OTHERS) and name != CLIENT:
             known = name.removeprefix(SHARED_PREFIX).lower() in Settings.model_fields
         else:
             continue

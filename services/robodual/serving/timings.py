@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 
+from robodual.serving import tracing
 from robodual.serving.metrics import Metrics
 from robodual_client import wire
 
 
 class Timings:
-    """Collects a request's stages for its answer and for the metrics."""
+    """Collects a request's stages for its answer, for the metrics and for its trace."""
 
     def __init__(self, metrics: Metrics) -> None:
+        self.span = tracing.current.get()  # None where nothing is traced
         self._metrics = metrics
         self._stages: list[tuple[str, float]] = []
         self._started = self._lap = time.perf_counter()
@@ -28,8 +30,14 @@ class Timings:
         self._lap = time.perf_counter()
 
     def messages(self) -> list[wire.Timing]:
-        """The stages, and "total"; the metrics get them once the answer is on its way."""
-        self.add("total", time.perf_counter() - self._started)
+        """The stages so far, and "total"; the metrics get them once the answer is on its way."""
+        total = time.perf_counter() - self._started
+        if self.span is not None:
+            ended = 0.0
+            for stage, seconds in self._stages:
+                ended += seconds
+                self.span.stage(stage, seconds, ago=total - ended)
+        self.add("total", total)
         asyncio.get_running_loop().call_soon(self._observe)
         return [wire.Timing(stage=stage, milliseconds=seconds * 1e3) for stage, seconds in self._stages]
 

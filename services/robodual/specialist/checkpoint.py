@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+import pickle  # noqa: TID251 (for the name of an error alone)
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -147,7 +147,7 @@ def convert(source: Path, target: Path, config: SpecialistConfig, sensors: Mappi
 
 def _read_ema(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 (weights only)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: not a plain state dict: it is corrupt or holds Python objects, which are never executed; "

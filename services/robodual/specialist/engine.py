@@ -81,10 +81,12 @@ class SpecialistEngine:
         self.width = policy.config.context_width
         self.sensors = policy.config.sensors
         self.preparation = Preparation(policy.config, strategy, weight.device, weight.dtype)
-        self._on_gpu = weight.is_cuda
+        self.captures = weight.is_cuda  # a graph for each batch size and padded length
         with torch.inference_mode():
             self._step = Step(policy)
-        self._run: Callable[[Inputs], tuple[Tensor, Tensor]] = Graphs(self._step) if self._on_gpu else self._step
+        self._run: Callable[[Inputs], tuple[Tensor, Tensor]] = (
+            Graphs(self._step, weight.device) if self.captures else self._step
+        )
 
     @torch.inference_mode()
     def project(self, hidden_states: Tensor) -> Projected:
@@ -122,7 +124,7 @@ class SpecialistEngine:
             pixels.append(preparation.gripper(frames))
             maps.append(preparation.gripper_depth(frames))
         conditionings = [request.conditioning for request in requests]
-        keys_values, mask = _pad([c.keys_values for c in conditionings], GPU_LENGTHS if self._on_gpu else None)
+        keys_values, mask = _pad([c.keys_values for c in conditionings], GPU_LENGTHS if self.captures else None)
         return Inputs(
             pixels=torch.cat(pixels),
             maps=torch.cat(maps) if maps else None,
@@ -132,7 +134,7 @@ class SpecialistEngine:
             first=preparation.flags([request.previous is None for request in requests]).view(-1, 1, 1),
             keys_values=keys_values,
             mean=torch.stack([conditioning.mean for conditioning in conditionings]),
-            mask=mask,
+            mask=None if mask is None else preparation.to_device(mask),
             reference=preparation.vectors([request.reference_actions for request in requests]),
             noise=preparation.vectors([request.noise for request in requests], torch.float32),
         )
@@ -153,7 +155,7 @@ class SpecialistEngine:
 
 
 def _pad(sequences: Sequence[Tensor], multiple: int | None) -> tuple[Tensor, Tensor | None]:
-    """Sequences [L, K] as one tensor [B, longest, K], with a mask bool [B, longest] of what is no padding.
+    """Sequences [L, K] as one tensor [B, longest, K]; and on the host, a mask bool [B, longest] of what is no padding.
 
     With `multiple`, the length is rounded up to it and there is always a mask, so that few shapes occur; without,
     there is none where all lengths are the same.
@@ -165,8 +167,7 @@ def _pad(sequences: Sequence[Tensor], multiple: int | None) -> tuple[Tensor, Ten
     padded = torch.stack([F.pad(s, (0, 0, 0, longest - n)) for s, n in zip(sequences, lengths)])
     if multiple is None and min(lengths) == longest:
         return padded, None
-    device = padded.device
-    return padded, torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+    return padded, torch.arange(longest) < torch.tensor(lengths)[:, None]
 
 
 def load_specialist(

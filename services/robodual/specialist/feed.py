@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 import structlog
 import torch
 
-from robodual.conditioning.store import Announced, Interrupted, Store, StoreUnavailable
+from robodual.conditioning.store import Announced, ForeignSession, Interrupted, Store, StoreUnavailable
 from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
 from robodual.specialist.engine import Projected
@@ -26,7 +27,7 @@ class Feed:
         self,
         store: Store,
         sessions: Sessions,
-        project: Callable[[torch.Tensor], Awaitable[Projected]],
+        project: Callable[[Session, torch.Tensor], Awaitable[Projected]],
         *,
         readiness: Readiness,
         metrics: Metrics,
@@ -64,23 +65,34 @@ class Feed:
     async def refresh(self, session: Session) -> None:
         """Fetches and projects the session's latest conditioning. A store or a record that fails is logged."""
         async with session.fetching:
+            started = time.perf_counter()
             try:
-                conditioning = await self._store.fetch(session.identity)
+                conditioning = await self._store.fetch(session.identity, session.owner)
                 if conditioning is None or conditioning.version <= max(session.newest, (session.episode, -1)):
                     return
             except StoreUnavailable as error:
                 logger.warning("conditioning not fetched", session=session.identity, reason=str(error))
                 return
+            except ForeignSession:
+                # The store knows who came first at any replica; whoever came first at this one has no right to it.
+                logger.warning("session closed: in the store it is another's", session=session.identity)
+                if self._sessions.find(session.identity) is session:
+                    self._sessions.drop(session.identity)
+                return
             except ValueError as error:
                 self._refuse(session, str(error))
                 return
+            fetched = time.perf_counter()
+            self._metrics.stage("fetch").observe(fetched - started)
             try:
-                projected = await self._project(conditioning.hidden_states)
+                projected = await self._project(session, conditioning.hidden_states)
             except ValueError as error:
                 self._refuse(session, str(error))
                 session.refuse(Refused(conditioning.version, str(error)))
             else:
-                session.keep(Conditioned(conditioning.version, projected, conditioning.reference_actions))
+                took = time.perf_counter() - started
+                self._metrics.stage("project").observe(took - (fetched - started))
+                session.keep(Conditioned(conditioning.version, projected, conditioning.reference_actions, took))
 
     async def close(self) -> None:
         """Ends the fetches that are under way."""

@@ -72,16 +72,16 @@ class Preparation:
         """B images [H, W, 3] of any sizes to normalised [B, 3, S, S]. Bytes travel to the device, not floats."""
         size = self.config.image_size
         squares = torch.from_numpy(np.stack([square(image, size, self.strategy) for image in images]))
-        pixels = self._to_device(squares).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+        pixels = self.to_device(squares).permute(0, 3, 1, 2).to(torch.float32).div_(255)
         return pixels.sub_(self._means).div_(self._deviations).to(self.dtype)
 
     def vectors(self, values: Sequence[npt.NDArray[np.float32]], dtype: torch.dtype | None = None) -> Tensor:
         """B arrays of one shape to [B, ...]."""
-        return self._to_device(torch.from_numpy(np.stack(values))).to(dtype or self.dtype)
+        return self.to_device(torch.from_numpy(np.stack(values))).to(dtype or self.dtype)
 
     def flags(self, values: Sequence[bool]) -> Tensor:
         """Bool [B]."""
-        return self._to_device(torch.tensor(values))
+        return self.to_device(torch.tensor(values))
 
     def observation(self, frame: Frame, previous: npt.NDArray[np.uint8]) -> Observation:
         """What the plain path reads: one frame, and the static image before it (at step 0, the current one)."""
@@ -112,13 +112,14 @@ class Preparation:
 
     def _shifted(self, values: npt.NDArray[np.float32], offset: float) -> Tensor:
         """One map [H, W] to float32 [1, H, W], less the constant."""
-        return self._to_device(torch.tensor(values, dtype=torch.float32))[None] - offset
+        return self.to_device(torch.tensor(values, dtype=torch.float32))[None] - offset
 
     def _scaled(self, image: npt.NDArray[np.uint8]) -> Tensor:
         """One tactile image [H, W, 6] to float32 [1, 6, H, W] in [0, 1]."""
-        return self._to_device(torch.tensor(image)).permute(2, 0, 1)[None].to(torch.float32) / 255
+        return self.to_device(torch.tensor(image)).permute(2, 0, 1)[None].to(torch.float32) / 255
 
-    def _to_device(self, values: Tensor) -> Tensor:
+    def to_device(self, values: Tensor) -> Tensor:
+        """Values of the host, without waiting for the device."""
         if self.device.type == "cpu":
             return values
         # From pinned memory the copy needs no wait: the device's stream keeps the order.

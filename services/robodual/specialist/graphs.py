@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -17,12 +18,20 @@ logger = structlog.get_logger(__name__)
 MOST = 32  # graphs kept; a shape beyond them runs without
 WARMUP = 3  # runs before a capture, so that libraries have chosen and allocated
 
+_capturing = threading.Lock()  # a process captures one graph at a time: beginning one empties every device's cache
+
 
 class Graphs:
-    """Calls a function of `Inputs` on a GPU by replaying what it did on inputs of the same shapes."""
+    """Calls a function of `Inputs` on a GPU by replaying what it did on inputs of the same shapes.
 
-    def __init__(self, function: Callable[[Inputs], tuple[Tensor, Tensor]]) -> None:
+    The graphs share their memory, so one thread calls, and what a replay gives is copied before the next.
+    """
+
+    def __init__(self, function: Callable[[Inputs], tuple[Tensor, Tensor]], device: torch.device) -> None:
         self._function = function
+        self._device = device
+        # Of this device: torch's own capture stream belongs to the device that captured first.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._captured: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Inputs, tuple[Tensor, Tensor]]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._works = True
@@ -50,13 +59,16 @@ class Graphs:
 
     def _capture(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs, tuple[Tensor, Tensor]]:
         static = replace(inputs, **{name: t.clone() for name, t in vars(inputs).items() if t is not None})
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUP):
-                self._function(static)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = self._function(static)
+        own = torch.cuda.current_stream(self._device)
+        # The outer stream context: a capture that fails leaves its stream behind as the current one.
+        with _capturing, torch.cuda.device(self._device), torch.cuda.stream(own):
+            self._stream.wait_stream(own)
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARMUP):
+                    self._function(static)
+            own.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use their devices meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = self._function(static)
         return graph, static, outputs

@@ -8,7 +8,6 @@ between them, holds an observation of the same shapes at the same places. All ot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -71,13 +70,16 @@ _COLOUR = ("rgb_static", "rgb_gripper")
 _NOTHING: dict[str, Any] = dict.fromkeys(Frame.__dataclass_fields__)
 
 
-@dataclass(frozen=True)
 class Received:
-    """A request: parsed, but for its observation where a layout reads that."""
+    """A request, parsed but for its observation where a layout reads that; it has the message's fields."""
 
-    message: wire.ActRequest
-    bytes: bytes
-    layout: Layout | None
+    def __init__(self, message: wire.ActRequest, raw: bytes, layout: Layout | None = None) -> None:
+        self.message = message
+        self.raw = raw
+        self.layout = layout
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.message, name)
 
 
 class Layouts:
@@ -93,14 +95,14 @@ class Layouts:
             head = layout.head(request)
             if head is not None:
                 return Received(head, request, layout)
-        return Received(wire.ActRequest.FromString(request), request, None)
+        return Received(wire.ActRequest.FromString(request), request)
 
     async def frame(self, received: Received) -> Frame:
         """The observation. Raises `InvalidArgument`."""
         if received.layout is not None:
-            return received.layout.frame(received.bytes)
+            return received.layout.frame(received.raw)
         frame = await observation.frame(received.message, self._sensors)
         layout = Layout(frame, self._sensors)
-        if layout.head(received.bytes) is not None:
+        if layout.head(received.raw) is not None:
             self._known = [layout, *self._known[: MOST - 1]]
         return frame

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,9 +15,10 @@ import structlog
 import torch
 
 from robodual.conditioning.record import Version
-from robodual.conditioning.store import Store
+from robodual.conditioning.store import Store, Tls
+from robodual.facts import together
 from robodual.profiles import shipped
-from robodual.serving import fields, server
+from robodual.serving import auth, fields, server
 from robodual.serving.batching import Batcher
 from robodual.serving.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from robodual.serving.info import describe
@@ -27,7 +29,7 @@ from robodual.serving.settings import SpecialistSettings
 from robodual.serving.timings import Timings
 from robodual.specialist import answers, observation
 from robodual.specialist.control import ControlLoop, noise, reference_actions
-from robodual.specialist.engine import Answer, Frame, Request, SpecialistEngine, load_specialist
+from robodual.specialist.engine import Answer, Frame, Projected, Request, SpecialistEngine, load_specialist
 from robodual.specialist.feed import Feed
 from robodual.specialist.layouts import Layouts, Received
 from robodual.specialist.sessions import Conditioned, Session, Sessions
@@ -38,6 +40,7 @@ logger = structlog.get_logger(__name__)
 PATIENCE = 0.05  # seconds that an announcement gets before the store is asked directly
 MARGIN = 0.02  # seconds before a caller's deadline at which waiting ends, so that the reason still reaches it
 SENSOR_FLAGS = ("with_depth", "with_gripper", "with_tactile")
+CONTEXT = 96  # tokens of a usual conditioning: the prompt's and 63
 DRAINING = "the service is shutting down; go on with another replica"
 
 
@@ -47,14 +50,14 @@ class SpecialistService:
     def __init__(
         self,
         settings: SpecialistSettings,
-        batcher: Batcher[Request, Answer],
+        batchers: Sequence[Batcher[Request, Answer]],
         sessions: Sessions,
         feed: Feed,
         info: wire.InfoResponse,
         metrics: Metrics,
     ) -> None:
         self._settings = settings
-        self._batcher = batcher
+        self._batchers = batchers
         self._sessions = sessions
         self._feed = feed
         self._info = info
@@ -97,7 +100,7 @@ class SpecialistService:
     async def Reset(self, request: wire.ResetRequest, context: Any) -> wire.ResetResponse:
         identity = fields.session_id(request)
         window = observation.window(request.reference_window, "reference_window")
-        session = self._sessions.open(identity)
+        session = self._sessions.open(identity, auth.owner())
         async with session.lock:
             episode, step = session.progress
             if request.episode < episode:
@@ -110,7 +113,7 @@ class SpecialistService:
         return wire.ResetResponse()
 
     async def Close(self, request: wire.CloseRequest, context: Any) -> wire.CloseResponse:
-        return wire.CloseResponse(was_open=self._sessions.close(fields.session_id(request)))
+        return wire.CloseResponse(was_open=self._sessions.close(fields.session_id(request), auth.owner()))
 
     async def GetInfo(self, request: wire.InfoRequest, context: Any) -> wire.InfoResponse:
         return self._info
@@ -125,13 +128,14 @@ class SpecialistService:
         timings = Timings(self._metrics)
         request = received.message
         identity = fields.session_id(request)
-        session = self._sessions.use(identity)
+        owner = auth.owner()
+        session = self._sessions.use(identity, owner)
         resumption = None
         if request.HasField("recovery"):
             state = request.recovery
             if session is None or (state.episode, state.step) > session.progress:
                 resumption = await observation.resumption(request)
-                session = self._sessions.open(identity)
+                session = self._sessions.open(identity, owner)
         if session is None:
             raise NotFound(f"session_id: {identity} is not open here; call Reset, or send the recovery state")
         async with session.lock:
@@ -141,6 +145,7 @@ class SpecialistService:
                 r = resumption
                 session.resume(r.episode, r.seed, r.window, r.control, r.previous)
                 await self._feed.refresh(session)
+                self._metrics.resumed.inc()
                 logger.info("resumed", after=r.step)
             if session.answer is not None and session.progress == (request.episode, request.step):
                 return session.answer
@@ -173,7 +178,8 @@ class SpecialistService:
             if self._settings.only == "specialist":
                 reference = np.zeros_like(reference)
             item = Request(frame, session.previous, conditioned.projected, reference, start)
-            done = await self._batcher.submit(item, session=session.identity, deadline=deadline)
+            batcher = self._batchers[session.engine]
+            done = await batcher.submit(item, session=session.identity, deadline=deadline)
             timings.add("queue", done.queued)
             timings.add("model", done.computed)
             chunk = done.answer.chunk
@@ -182,16 +188,21 @@ class SpecialistService:
             session.previous = done.answer.features
         session.control.advance(step, chunk)
         degraded = not self._feed.up or step - version.step > self._settings.degraded_age_steps
+        staleness = time.perf_counter() - conditioned.at
+        if timings.span is not None and session.traced != version:
+            session.traced = version
+            timings.span.stage("conditioning", conditioned.took, ago=staleness)
         answer = session.draft(step)
         answers.complete(answer, session.control, version, degraded=degraded)
         answer.timings.extend(timings.messages())
         session.answer = answer
         # Once it is on its way, and the robot has something to do.
-        self._loop.call_soon(self._follow_up, session, answer)
+        self._loop.call_soon(self._follow_up, session, answer, staleness)
         return answer
 
-    def _follow_up(self, session: Session, answer: wire.ActResponse) -> None:
+    def _follow_up(self, session: Session, answer: wire.ActResponse, staleness: float) -> None:
         self._metrics.conditioning_age.observe(answer.age)
+        self._metrics.conditioning_staleness.observe(staleness)
         if answer.degraded:
             self._metrics.degraded.inc()
         if answer.step < fields.LAST:
@@ -269,25 +280,39 @@ class SpecialistService:
 
 
 @asynccontextmanager
-async def serving(settings: SpecialistSettings, engine: SpecialistEngine | None = None) -> AsyncIterator[Server]:
-    """A specialist service that is ready (the store aside), with `engine` or one that it loads; drains on exit."""
+async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> AsyncIterator[Server]:
+    """A specialist service that is ready (the store aside), with `engines` or those it loads; drains on exit."""
     metrics = Metrics()
     readiness = Readiness(model="loading", store="not subscribed yet")
-    store = Store(settings.redis_url.get_secret_value(), ttl=settings.conditioning_ttl, timeout=settings.redis_timeout)
-    sessions = Sessions(most=settings.max_sessions, ttl=settings.session_ttl, metrics=metrics)
+    store = Store(
+        settings.redis_url.get_secret_value(),
+        ttl=settings.conditioning_ttl,
+        timeout=settings.redis_timeout,
+        tls=Tls(settings.redis_ca, settings.redis_certificate, settings.redis_key),
+    )
     endpoints = Server(settings, readiness, metrics)
     async with contextlib.AsyncExitStack() as cleanup:
         cleanup.push_async_callback(store.close)
         await endpoints.start()
         cleanup.push_async_callback(endpoints.stop)
-        model = await asyncio.to_thread(_load, settings) if engine is None else engine
-        batcher = Batcher(model.act, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
-        cleanup.push_async_callback(batcher.close)
-        await batcher.call(_warm_up, model)
+        models = engines or await asyncio.to_thread(_load, settings)
+        batchers = []
+        for model in models:
+            batcher = Batcher(model.act, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
+            cleanup.push_async_callback(batcher.close)
+            await batcher.call(_warm_up, model, settings.max_batch)
+            batchers.append(batcher)
         readiness.meet("model")
+        sessions = Sessions(
+            most=settings.max_sessions,
+            most_of_one=settings.max_sessions_per_token,
+            ttl=settings.session_ttl,
+            metrics=metrics,
+            engines=len(models),
+        )
 
-        async def project(hidden_states: torch.Tensor) -> Any:
-            width = hidden_states.shape[-1]
+        async def project(session: Session, hidden_states: torch.Tensor) -> Projected:
+            model, width = models[session.engine], hidden_states.shape[-1]
             if width != model.width:
                 raise ValueError(
                     f"the generalist's hidden states are {width} wide and this specialist's context is {model.width}, "
@@ -295,7 +320,7 @@ async def serving(settings: SpecialistSettings, engine: SpecialistEngine | None 
                 )
             if settings.only == "specialist":
                 hidden_states = torch.zeros_like(hidden_states)
-            return await batcher.call(model.project, hidden_states)
+            return await batchers[session.engine].call(model.project, hidden_states)
 
         feed = Feed(store, sessions, project, readiness=readiness, metrics=metrics)
         cleanup.push_async_callback(feed.close)
@@ -303,9 +328,11 @@ async def serving(settings: SpecialistSettings, engine: SpecialistEngine | None 
         background.run("feed", feed.run())
         background.run("expiry", _expire(sessions, settings.session_ttl))
         cleanup.push_async_callback(background.close)
-        facts = replace(model.facts, details={**model.facts.details, "only": settings.only or "no"})
-        info = describe("specialist", facts, model.sensors)
-        service = SpecialistService(settings, batcher, sessions, feed, info, metrics)
+        facts = together([model.facts for model in models])
+        facts = replace(facts, details={**facts.details, "only": settings.only or "no"})
+        info = describe("specialist", facts, models[0].sensors)
+        metrics.watch_memory(*facts.device.split(","))
+        service = SpecialistService(settings, batchers, sessions, feed, info, metrics)
         endpoints.open(service, info, readers=service.readers, end_streams=service.end_streams)
         cleanup.push_async_callback(endpoints.drain)
         yield endpoints
@@ -316,22 +343,26 @@ def run(settings: SpecialistSettings) -> None:
     server.run(settings, serving(settings))
 
 
-def _load(settings: SpecialistSettings) -> SpecialistEngine:
-    return load_specialist(
-        settings.profile,
-        checkpoint=settings.checkpoint or shipped(settings.profile, "specialist"),
-        device=settings.device,
-        dtype=settings.dtype,
-        seed=settings.seed,
-        strategy=settings.image_strategy,
-        sensors={name: value for name in SENSOR_FLAGS if (value := getattr(settings, name)) is not None},
-        diffusion_steps=settings.diffusion_steps,
-        guidance_scale=settings.guidance_scale,
+def _load(settings: SpecialistSettings) -> tuple[SpecialistEngine, ...]:
+    return tuple(
+        load_specialist(
+            settings.profile,
+            checkpoint=settings.checkpoint or shipped(settings.profile, "specialist"),
+            device=device,
+            dtype=settings.dtype,
+            seed=settings.seed,
+            strategy=settings.image_strategy,
+            sensors={name: value for name in SENSOR_FLAGS if (value := getattr(settings, name)) is not None},
+            diffusion_steps=settings.diffusion_steps,
+            guidance_scale=settings.guidance_scale,
+        )
+        for device in settings.places
     )
 
 
-def _warm_up(model: SpecialistEngine) -> None:
-    """One step of each kind that will come: with the previous frame's features, and without."""
+def _warm_up(model: SpecialistEngine, max_batch: int) -> None:
+    """One step of each kind that will come: with the previous frame's features, and without; for a model that captures
+    its steps, batches of all sizes."""
     frame = Frame(
         rgb_static=np.zeros((200, 200, 3), np.uint8),
         rgb_gripper=np.zeros((84, 84, 3), np.uint8),
@@ -340,10 +371,12 @@ def _warm_up(model: SpecialistEngine) -> None:
         rgb_tactile=np.zeros(observation.TACTILE, np.uint8),
         proprio=np.zeros(7, np.float32),
     )
-    context = model.project(torch.zeros((8, model.width), dtype=torch.bfloat16))
+    context = model.project(torch.zeros((CONTEXT, model.width), dtype=torch.bfloat16))
     chunk = np.zeros((8, 7), np.float32)
-    first = model.act([Request(frame, None, context, chunk, chunk)])[0]
-    model.act([Request(frame, first.features, context, chunk, chunk)])
+    first = Request(frame, None, context, chunk, chunk)
+    following = Request(frame, model.act([first])[0].features, context, chunk, chunk)
+    for size in range(1, (max_batch if model.captures else 1) + 1):
+        model.act([following] * size)
 
 
 async def _expire(sessions: Sessions, ttl: float) -> None:

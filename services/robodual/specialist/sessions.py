@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robodual.conditioning.record import Version
-from robodual.serving.errors import ResourceExhausted
+from robodual.conditioning.store import FOREIGN
+from robodual.serving.errors import PermissionDenied, ResourceExhausted
 from robodual.serving.metrics import Metrics
 from robodual.specialist import answers
 from robodual.specialist.control import ControlLoop, Window, noise
@@ -36,13 +38,20 @@ class Conditioned:
     version: Version
     projected: Projected
     reference_actions: NDArray[np.float32]  # [8, 7], as the generalist gave it
+    took: float = 0.0  # seconds to fetch and project it
+    at: float = field(default_factory=time.perf_counter)  # when that was done
 
 
 class Session:
-    """One robot's state: its episode, the control loop, the previous frame's features, the latest conditionings."""
+    """One robot's state: its episode, the control loop, the previous frame's features, the latest conditionings.
 
-    def __init__(self, identity: str) -> None:
+    Features and conditionings are on the device of its engine, which answers all its steps.
+    """
+
+    def __init__(self, identity: str, owner: str = "", engine: int = 0) -> None:
         self.identity = identity
+        self.owner = owner
+        self.engine = engine  # its number among the service's
         self.lock = asyncio.Lock()  # steps of a session are serial
         self.fetching = asyncio.Lock()
         self.arrived = asyncio.Event()
@@ -56,6 +65,7 @@ class Session:
         self.previous: Features | NDArray[np.uint8] | None = None
         self.answer: wire.ActResponse | None = None
         self.refused: Refused | None = None  # the newest, if a conditioning was
+        self.traced = NEVER  # the latest conditioning that is in a trace
         self._kept: list[Conditioned] = []
         self._draft: wire.ActResponse | None = None
 
@@ -114,10 +124,18 @@ class Session:
 
 
 class Sessions:
-    """The open sessions by name: at most `most`, each closed after `ttl` seconds without use."""
+    """The open sessions by name: at most `most`, each closed after `ttl` seconds without use, spread over `engines`.
 
-    def __init__(self, *, most: int, ttl: float, metrics: Metrics) -> None:
+    One is used and closed in the name of the owner who opened it; in another's, it is `PermissionDenied`.
+    """
+
+    def __init__(
+        self, *, most: int, ttl: float, metrics: Metrics, most_of_one: int | None = None, engines: int = 1
+    ) -> None:
+        """`most_of_one`: how many of them one owner may have open."""
         self._most = most
+        self._most_of_one = most_of_one
+        self._engines = engines
         self._ttl = ttl
         self._metrics = metrics
         self._open: dict[str, Session] = {}
@@ -128,38 +146,58 @@ class Sessions:
     def all(self) -> list[Session]:
         return list(self._open.values())
 
-    def use(self, identity: str) -> Session | None:
+    def use(self, identity: str, owner: str = "") -> Session | None:
         """The session, if it is open; its time begins again."""
         session = self._open.get(identity)
         if session is not None:
+            if session.owner != owner:
+                raise PermissionDenied(FOREIGN)
             session.used_at = time.monotonic()
         return session
 
-    def open(self, identity: str) -> Session:
-        """The session, opened if it is not. Raises `ResourceExhausted` if there are too many."""
-        session = self.use(identity)
+    def open(self, identity: str, owner: str = "") -> Session:
+        """The session, opened if it is not, on the engine with the fewest.
+
+        Raises `ResourceExhausted` if there are too many.
+        """
+        session = self.use(identity, owner)
         if session is not None:
             return session
-        if len(self._open) >= self._most:
+        if self._too_many(owner):
             self.expire()
-        if len(self._open) >= self._most:
-            raise ResourceExhausted(
-                f"session_id: all {self._most} sessions are taken; close one, or wait for one to expire"
-            )
-        session = self._open[identity] = Session(identity)
+        if reason := self._too_many(owner):
+            raise ResourceExhausted(f"session_id: {reason}; close one, or wait for one to expire")
+        loads = Counter(session.engine for session in self._open.values())
+        engine = min(range(self._engines), key=loads.__getitem__)
+        session = self._open[identity] = Session(identity, owner, engine)
         self._metrics.sessions.set(len(self._open))
         return session
 
-    def close(self, identity: str) -> bool:
+    def close(self, identity: str, owner: str = "") -> bool:
         """Forgets the session; returns whether it was open."""
-        was_open = self._open.pop(identity, None) is not None
-        self._metrics.sessions.set(len(self._open))
+        was_open = self.use(identity, owner) is not None
+        if was_open:
+            self.drop(identity)
         return was_open
+
+    def drop(self, identity: str) -> None:
+        """Forgets a session that is open, whoever owns it."""
+        del self._open[identity]
+        self._metrics.sessions.set(len(self._open))
 
     def expire(self) -> list[str]:
         """Closes the sessions whose time is over and which have no step in progress; returns their names."""
         before = time.monotonic() - self._ttl
         over = [s.identity for s in self._open.values() if s.used_at < before and not s.lock.locked()]
         for identity in over:
-            self.close(identity)
+            self.drop(identity)
         return over
+
+    def _too_many(self, owner: str) -> str:
+        """Why `owner` may not open another session, or ""."""
+        if len(self._open) >= self._most:
+            return f"all {self._most} sessions are taken"
+        own = sum(session.owner == owner for session in self._open.values())
+        if self._most_of_one is not None and own >= self._most_of_one:
+            return f"this token has {own} sessions open, the most that it may"
+        return ""

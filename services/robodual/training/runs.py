@@ -312,6 +312,8 @@ def _check_generalist(options: GeneralistOptions, settings: Settings, source: So
         raise ValueError("fsdp: is for all weights (--full); adapters are small enough for every process")
     if source.quantisation != "none" and not options.use_lora:
         raise ValueError("quantisation: quantised weights cannot be trained; train adapters on them (--use_lora)")
+    if source.quantisation == "fp8":
+        raise ValueError("quantisation: adapters are not trained on fp8; choose none, int8 or nf4")
     if source.quantisation != "none" and options.merged:
         raise ValueError(
             "merged: adapters are merged into whole weights; leave it out here and serve the adapter with --adapter"

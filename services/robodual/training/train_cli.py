@@ -51,7 +51,7 @@ Augment = Annotated[bool, option("--image_aug", help="Augment the images (publis
 Stride = Annotated[int, option("--window_stride", help="Steps between windows' starts (published: 1).", min=1)]
 Frames = Annotated[Path | None, option("--frames", help="A folder of `robodual data cache` to read the steps from.")]
 Bf16 = Annotated[bool | None, typer.Option("--bf16/--fp32", help="Autocast; without either, bf16 on CUDA.")]
-Quantisation = Annotated[str, option("--quantisation", help="Of the frozen base: none, int8 or nf4 (CUDA).")]
+Quantisation = Annotated[str, option("--quantisation", help="Of the frozen base: none, fp8, or on CUDA int8 or nf4.")]
 UseLora = Annotated[bool, typer.Option("--use_lora/--full", help="Low-rank adapters, or all weights.")]
 LoraRank = Annotated[int, option("--lora_rank", min=1)]
 LoraDropout = Annotated[float, option("--lora_dropout", min=0.0, max=1.0)]
