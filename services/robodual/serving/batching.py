@@ -111,6 +111,8 @@ class Batcher(Generic[Item, Answer]):
         done: Future[R] = Future()
 
         def job() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
             try:
                 done.set_result(function(*args, **kwargs))
             except BaseException as error:
