@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from robodual.conditioning.record import Version
-from robodual.specialist.control import ControlLoop, Window
-from robodual_client import wire
+from robodual.specialist.control import Recovery, Window
+from robodual_client import tensors, wire
 
 WINDOWS: dict[Window, wire.ReferenceWindow] = {
     "published": wire.REFERENCE_WINDOW_PUBLISHED,
@@ -13,35 +13,31 @@ WINDOWS: dict[Window, wire.ReferenceWindow] = {
 FLOATS = wire.DTYPE_FLOAT32
 
 
-def draft(episode: int, step: int, seed: int, window: Window) -> wire.ActResponse:
-    """The answer without its values."""
+def draft(episode: int, step: int, seed: int, window: Window, state: Recovery) -> wire.ActResponse:
+    """The answer without what depends on the frame; of `state`, which the step will leave, its shapes and steps."""
     return wire.ActResponse(
         episode=episode,
         step=step,
-        action=wire.Tensor(dtype=FLOATS, shape=(7,)),
-        chunk=wire.Tensor(dtype=FLOATS, shape=(8, 7)),
+        action=wire.Tensor(dtype=FLOATS, shape=state.history.shape[1:]),
+        chunk=wire.Tensor(dtype=FLOATS, shape=state.chunks.shape[1:]),
         recovery=wire.RecoveryState(
             episode=episode,
             step=step,
             seed=seed,
             reference_window=WINDOWS[window],
-            chunks=wire.Tensor(dtype=FLOATS),
-            chunk_steps=wire.Tensor(dtype=wire.DTYPE_INT32),
-            history=wire.Tensor(dtype=FLOATS, shape=(4, 7)),
+            chunks=wire.Tensor(dtype=FLOATS, shape=state.chunks.shape),
+            chunk_steps=tensors.encode(state.chunk_steps),
+            history=wire.Tensor(dtype=FLOATS, shape=state.history.shape),
         ),
     )
 
 
-def complete(answer: wire.ActResponse, control: ControlLoop, conditioning: Version, *, degraded: bool) -> None:
-    """Puts in what the step gave; `control` has advanced by it."""
-    state, recovery = control.recovery(), answer.recovery
+def complete(answer: wire.ActResponse, state: Recovery, conditioning: Version, *, degraded: bool) -> None:
+    """Puts in what the step gave: `state` is what it left."""
     answer.action.data = state.history[-1].tobytes()
     answer.chunk.data = state.chunks[-1].tobytes()
     answer.conditioning.episode, answer.conditioning.step = conditioning
     answer.age = answer.step - conditioning.step
     answer.degraded = degraded
-    recovery.chunks.shape.extend(state.chunks.shape)
-    recovery.chunks.data = state.chunks.tobytes()
-    recovery.chunk_steps.shape.extend(state.chunk_steps.shape)
-    recovery.chunk_steps.data = state.chunk_steps.tobytes()
-    recovery.history.data = state.history.tobytes()
+    answer.recovery.chunks.data = state.chunks.tobytes()
+    answer.recovery.history.data = state.history.tobytes()

@@ -101,9 +101,13 @@ class ControlLoop:
         steps = self._state.chunk_steps
         return int(steps[-1]) if len(steps) else None
 
-    def prepare(self, step: int) -> None:
-        """Does ahead what `advance` does for `step` before it looks at the chunk."""
+    def prepare(self, step: int) -> Recovery:
+        """Does ahead what `advance` does for `step` before it looks at the chunk.
+
+        Returns the state that it will leave, with zeros for the chunk and the action.
+        """
         self._planned = _Plan(self._state, step)
+        return self._planned.following
 
     def advance(self, step: int, chunk: Array) -> Array:
         """The action [7], float32, for `step`, whose diffusion gave `chunk` [8, 7].

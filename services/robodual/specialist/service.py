@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -26,9 +27,9 @@ from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Background, Readiness
 from robodual.serving.server import Server
 from robodual.serving.settings import SpecialistSettings
-from robodual.serving.timings import Timings
-from robodual.specialist import answers, observation
-from robodual.specialist.control import ControlLoop, noise, reference_actions
+from robodual.serving.timings import LATER, Timings
+from robodual.specialist import observation
+from robodual.specialist.control import noise, reference_actions
 from robodual.specialist.engine import Answer, Frame, Projected, Request, SpecialistEngine, load_specialist
 from robodual.specialist.feed import Feed
 from robodual.specialist.layouts import Layouts, Received
@@ -173,7 +174,7 @@ class SpecialistService:
         if self._settings.only == "generalist":
             # Its latest chunk, one row a step: what later chunks would say of a step is not blended in.
             chunk = reference
-            session.control = ControlLoop()
+            session.forget_chunks()
         else:
             if self._settings.only == "specialist":
                 reference = np.zeros_like(reference)
@@ -183,29 +184,27 @@ class SpecialistService:
             timings.add("queue", done.queued)
             timings.add("model", done.computed)
             chunk = done.answer.chunk
-            if not np.isfinite(chunk).all():
+            if not all(map(math.isfinite, chunk.ravel().tolist())):
                 raise RuntimeError("the model gave values that are not finite")
             session.previous = done.answer.features
-        session.control.advance(step, chunk)
-        degraded = not self._feed.up or step - version.step > self._settings.degraded_age_steps
         staleness = time.perf_counter() - conditioned.at
         if timings.span is not None and session.traced != version:
             session.traced = version
             timings.span.stage("conditioning", conditioned.took, ago=staleness)
-        answer = session.draft(step)
-        answers.complete(answer, session.control, version, degraded=degraded)
+        degraded = not self._feed.up or step - version.step > self._settings.degraded_age_steps
+        answer = session.advance(step, chunk, version, degraded=degraded)
         answer.timings.extend(timings.messages())
         session.answer = answer
-        # Once it is on its way, and the robot has something to do.
-        self._loop.call_soon(self._follow_up, session, answer, staleness)
+        self._loop.call_later(LATER, self._follow_up, session, answer, staleness)
         return answer
 
     def _follow_up(self, session: Session, answer: wire.ActResponse, staleness: float) -> None:
+        """What can wait until the answer is on its way, and the robot has something to do."""
         self._metrics.conditioning_age.observe(answer.age)
         self._metrics.conditioning_staleness.observe(staleness)
         if answer.degraded:
             self._metrics.degraded.inc()
-        if answer.step < fields.LAST:
+        if session.answer is answer and answer.step < fields.LAST:
             session.prepare(answer.step + 1)
 
     def _check_order(self, session: Session, request: wire.ActRequest) -> None:

@@ -92,18 +92,28 @@ class Session:
         self.control, self.previous, self.answer, self._draft = control, previous, None, None
         self._kept = [conditioned for conditioned in self._kept if conditioned.version.episode >= episode]
 
-    def prepare(self, step: int) -> None:
-        """Makes ahead what `step` needs and its frame does not change."""
-        noise(self.seed, self.episode, step)
-        self.control.prepare(step)
-        self._draft = answers.draft(self.episode, step, self.seed, self.window)
+    def forget_chunks(self) -> None:
+        """Has the next step follow its chunk alone: nothing that earlier ones say is blended in."""
+        self.control, self._draft = ControlLoop(), None
 
-    def draft(self, step: int) -> wire.ActResponse:
-        """The answer to `step` without its values, to be completed."""
-        draft, self._draft = self._draft, None
-        if draft is None or draft.step != step:
-            return answers.draft(self.episode, step, self.seed, self.window)
-        return draft
+    def prepare(self, step: int) -> wire.ActResponse:
+        """Makes ahead what `step` needs and its frame does not change; what there is of its answer."""
+        noise(self.seed, self.episode, step)
+        state = self.control.prepare(step)
+        self._draft = answers.draft(self.episode, step, self.seed, self.window, state)
+        return self._draft
+
+    def advance(
+        self, step: int, chunk: NDArray[np.float32], conditioning: Version, *, degraded: bool
+    ) -> wire.ActResponse:
+        """Takes `step`, whose diffusion gave `chunk` [8, 7]: the answer to it, but for its timings."""
+        answer = self._draft
+        if answer is None or answer.step != step:
+            answer = self.prepare(step)
+        self._draft = None
+        self.control.advance(step, chunk)
+        answers.complete(answer, self.control.recovery(), conditioning, degraded=degraded)
+        return answer
 
     def keep(self, conditioned: Conditioned) -> None:
         """Takes in a conditioning, unless it is of an episode gone by or not newer than the newest."""
