@@ -104,23 +104,15 @@ class Answer:
         conditioning: Conditioning | None,
     ) -> Answer:
         """Raises ServiceFailed if `response` is not an answer to this step, or its action could not be executed."""
-        where = f"Specialist.Act at {address}"
-        if (response.episode, response.step) != (episode, step):
-            raise ServiceFailed(
-                f"{where}: answered step {response.step} of episode {response.episode} "
-                f"when asked for step {step} of episode {episode}"
-            )
+        action = checked_action(response, step=step, episode=episode, address=address)
         try:
-            action = tensors.decode(response.action, field="action", dtype=np.float32, shape=(7,))
             chunk = tensors.decode(response.chunk, field="chunk", dtype=np.float32, shape=(8, 7))
         except ValueError as error:
-            raise ServiceFailed(f"{where}: {error}") from error
-        if not all(map(math.isfinite, action.tolist())):
-            raise ServiceFailed(f"{where}: the action is not finite: {action.tolist()}")
+            raise ServiceFailed(f"Specialist.Act at {address}: {error}") from error
         return cls(
             episode=episode,
             step=step,
-            action=action.astype(np.float64),
+            action=action,
             chunk=chunk,
             conditioning_step=response.conditioning.step,
             age=response.age,
@@ -131,6 +123,23 @@ class Answer:
             address=address,
             conditioning=conditioning,
         )
+
+
+def checked_action(response: wire.ActResponse, *, step: int, episode: int, address: str) -> npt.NDArray[np.float64]:
+    """The action [7]. Raises ServiceFailed if it is not that of this step, or could not be executed."""
+    where = f"Specialist.Act at {address}"
+    if response.step != step or response.episode != episode:
+        raise ServiceFailed(
+            f"{where}: answered step {response.step} of episode {response.episode} "
+            f"when asked for step {step} of episode {episode}"
+        )
+    try:
+        action = tensors.decode(response.action, field="action", dtype=np.float32, shape=(7,))
+    except ValueError as error:
+        raise ServiceFailed(f"{where}: {error}") from error
+    if not all(map(math.isfinite, action.tolist())):
+        raise ServiceFailed(f"{where}: the action is not finite: {action.tolist()}")
+    return action.astype(np.float64)
 
 
 def _timings(timings: Iterable[Any]) -> dict[str, float]:

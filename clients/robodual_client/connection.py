@@ -71,7 +71,8 @@ class Connections:
 
     def _perform(self, operation: Operation) -> Any:
         if isinstance(operation, Call):
-            time.sleep(operation.delay)
+            if operation.delay:
+                time.sleep(operation.delay)
             if self._stream and operation.method == "Act":
                 return self._exchange(operation)
             return self._call(operation)

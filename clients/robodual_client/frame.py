@@ -17,8 +17,6 @@ from robodual_client import wire
 
 Buffer = Union[bytes, memoryview]  # of bytes: len() is its size
 
-_NUMBERS = {field.name: field.number for field in wire.Observation.DESCRIPTOR.fields}
-
 
 def image_buffers(array: npt.NDArray[np.uint8]) -> list[Buffer]:
     """A serialised raw Image of a uint8 [H, W, 3] array."""
@@ -33,39 +31,49 @@ def tensor_buffers(array: npt.NDArray[Any]) -> list[Buffer]:
 
 
 class Frame:
-    """The serialised sensors of one step, by name.
+    """The serialised sensors of one step: field numbers in wire.Observation and buffers, rgb_static first.
 
-    They refer to the caller's arrays until `act_request`; from then on to the bytes that it returned, so that the
-    caller may overwrite the arrays.
+    They are read from the caller's arrays until `act_request`; from then on from the bytes that it returned, so that
+    the caller may overwrite the arrays.
     """
 
-    def __init__(self, sensors: dict[str, list[Buffer]]) -> None:
-        self._rgb_static = sensors["rgb_static"]
-        self._observation = _field(_NUMBERS["rgb_static"], self._rgb_static)
-        for name, buffers in sensors.items():
-            if name != "rgb_static":
-                self._observation += _field(_NUMBERS[name], buffers)
-        self._image_start = len(self._observation[0])
+    def __init__(self, sensors: Iterable[tuple[int, list[Buffer]]]) -> None:
+        self._observation: list[Buffer] = []
+        for number, buffers in sensors:
+            self._observation += _field(number, buffers)
+        self._size = _size(self._observation)
+        self._request: bytes | None = None
 
     def condition_request(self, head: wire.ConditionRequest) -> bytes:
         """`head` with this frame's static image."""
         return b"".join(
-            [head.SerializeToString(), *_field(wire.ConditionRequest.RGB_STATIC_FIELD_NUMBER, self._rgb_static)]
+            [head.SerializeToString(), *_field(wire.ConditionRequest.RGB_STATIC_FIELD_NUMBER, self._rgb_static())]
         )
 
     def act_request(self, head: wire.ActRequest, previous: Frame | None = None) -> bytes:
         """`head` with this frame's observation, and `previous`'s static image where it is given."""
         parts: list[Buffer] = [head.SerializeToString()]
         if previous is not None:
-            parts += _field(wire.ActRequest.PREVIOUS_RGB_STATIC_FIELD_NUMBER, previous._rgb_static)
-        request = b"".join([*parts, *_field(wire.ActRequest.OBSERVATION_FIELD_NUMBER, self._observation)])
-        self._refer_to(request)
-        return request
+            parts += _field(wire.ActRequest.PREVIOUS_RGB_STATIC_FIELD_NUMBER, previous._rgb_static())
+        self._request = b"".join([*parts, *self.pieces()])
+        return self._request
 
-    def _refer_to(self, request: bytes) -> None:
-        observation = memoryview(request)[-_size(self._observation) :]
-        self._rgb_static = [observation[self._image_start : self._image_start + _size(self._rgb_static)]]
-        self._observation = [observation]
+    def pieces(self) -> list[Buffer]:
+        """The serialised observation field: bytes, and as memoryviews the sensors' values."""
+        key = _key(wire.ActRequest.OBSERVATION_FIELD_NUMBER, self._size)
+        return [key, *self._observation] if self._request is None else [key, self._copied()]
+
+    def _rgb_static(self) -> list[Buffer]:
+        """The buffers of the static image: of the field that comes first, the three after its key."""
+        key, head, pixels = self._observation[:3]
+        if self._request is None:
+            return [head, pixels]
+        return [self._copied()[len(key) : len(key) + len(head) + len(pixels)]]
+
+    def _copied(self) -> memoryview:
+        """The observation as it stands in the request."""
+        assert self._request is not None
+        return memoryview(self._request)[-self._size :]
 
 
 def _field(number: int, value: list[Buffer]) -> list[Buffer]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from robodual_client import wire
 from robodual_client.errors import InvalidObservation, ServiceMismatch
 from robodual_client.frame import Buffer, Frame, image_buffers, tensor_buffers
 from robodual_client.tensors import IMAGE_SIDES
@@ -21,6 +23,8 @@ from robodual_client.tensors import IMAGE_SIDES
 TACTILE_SHAPE = (160, 120, 6)
 # No indoor camera sees further; millimetres and centimetres show as more.
 FARTHEST = 100.0
+# Floats from 0 on are in the order of their bits, and all others' bits are above: one look at the bits checks them all.
+_FARTHEST_BITS = np.float32(FARTHEST).view(np.uint32)
 # No arm reaches further; millimetres show as more.
 FARTHEST_TCP = 10.0
 
@@ -34,21 +38,15 @@ def encode(obs: Mapping[str, Any], sensors: Sequence[str]) -> Frame:
     """
     if not isinstance(obs, Mapping):
         raise InvalidObservation(f"the observation must be CALVIN's dict, got {type(obs).__name__}")
-    unknown = [sensor for sensor in sensors if sensor not in _SENSORS]
-    if unknown:
-        raise ServiceMismatch(
-            f"the model reads {', '.join(map(repr, unknown))}, which this client does not know: upgrade robodual-client"
-        )
-    # rgb_static comes first, since the generalist always wants it.
-    wanted = {name: _SENSORS[name] for name in ("rgb_static", *sensors)}
-    found = {name: _find(obs, sensor.path) for name, sensor in wanted.items()}
-    missing = [sensor.spelled for name, sensor in wanted.items() if found[name] is None]
+    wanted = _wanted(tuple(sensors))
+    values = [sensor.find(obs) for sensor in wanted]
+    missing = [sensor.spelled for sensor, value in zip(wanted, values) if value is None]
     if missing:
         raise InvalidObservation(
             f"the observation lacks {', '.join(missing)}: the model reads {', '.join(sensors)}; "
             "add the camera, or serve a checkpoint without it"
         )
-    return Frame({name: sensor.buffers(found[name]) for name, sensor in wanted.items()})
+    return Frame([(sensor.number, sensor.buffers(value)) for sensor, value in zip(wanted, values)])
 
 
 def _image(array: npt.NDArray[Any], name: str) -> list[Buffer]:
@@ -79,14 +77,20 @@ def _depth(array: npt.NDArray[Any], name: str) -> list[Buffer]:
             f"{name}: must be [height, width], {IMAGE_SIDES.start} to {IMAGE_SIDES.stop - 1} each, "
             f"got {list(array.shape)}"
         )
-    least, greatest = float(array.min()), float(array.max())  # NaN anywhere makes both NaN
+    metres = np.ascontiguousarray(array, np.float32)
+    if metres.view(np.uint32).max() > _FARTHEST_BITS:
+        _check_range(metres, name)
+    return tensor_buffers(metres)
+
+
+def _check_range(metres: npt.NDArray[np.float32], name: str) -> None:
+    least, greatest = float(metres.min()), float(metres.max())  # NaN anywhere makes both NaN
     if math.isnan(least) or math.isinf(greatest):
         raise InvalidObservation(f"{name}: has values that are not finite; fill pixels without depth, with 0 say")
     if least < 0 or greatest > FARTHEST:
         raise InvalidObservation(
             f"{name}: must be metres from 0 to {FARTHEST:g}, got {least:g} to {greatest:g}: is it in millimetres?"
         )
-    return tensor_buffers(np.asarray(array, np.float32))
 
 
 def _tactile(array: npt.NDArray[Any], name: str) -> list[Buffer]:
@@ -115,32 +119,45 @@ def _proprio(array: npt.NDArray[Any], name: str) -> list[Buffer]:
 
 
 class _Sensor:
-    """Where a sensor stands in CALVIN's dict, how that is spelled, and what checks and serialises it."""
+    """A field of wire.Observation: where its value stands in CALVIN's dict, how that is spelled, and what checks it."""
 
-    def __init__(self, check: Callable[[npt.NDArray[Any], str], list[Buffer]], *path: str) -> None:
-        self.path = path
+    def __init__(self, number: int, check: Callable[[npt.NDArray[Any], str], list[Buffer]], *path: str) -> None:
+        self.number = number
         self.spelled = "obs" + "".join(f'["{key}"]' for key in path)
         self._check = check
+        self._path = path
+
+    def find(self, obs: Mapping[str, Any]) -> Any:
+        """The value, or None."""
+        value: Any = obs
+        for key in self._path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
 
     def buffers(self, value: Any) -> list[Buffer]:
+        """The value, checked and serialised."""
         return self._check(_array(value, self.spelled), self.spelled)
 
 
 _SENSORS = {
-    "rgb_static": _Sensor(_image, "rgb_obs", "rgb_static"),
-    "rgb_gripper": _Sensor(_image, "rgb_obs", "rgb_gripper"),
-    "depth_static": _Sensor(_depth, "depth_obs", "depth_static"),
-    "depth_gripper": _Sensor(_depth, "depth_obs", "depth_gripper"),
-    "rgb_tactile": _Sensor(_tactile, "rgb_obs", "rgb_tactile"),
-    "proprio": _Sensor(_proprio, "robot_obs"),
+    "rgb_static": _Sensor(wire.Observation.RGB_STATIC_FIELD_NUMBER, _image, "rgb_obs", "rgb_static"),
+    "rgb_gripper": _Sensor(wire.Observation.RGB_GRIPPER_FIELD_NUMBER, _image, "rgb_obs", "rgb_gripper"),
+    "depth_static": _Sensor(wire.Observation.DEPTH_STATIC_FIELD_NUMBER, _depth, "depth_obs", "depth_static"),
+    "depth_gripper": _Sensor(wire.Observation.DEPTH_GRIPPER_FIELD_NUMBER, _depth, "depth_obs", "depth_gripper"),
+    "rgb_tactile": _Sensor(wire.Observation.RGB_TACTILE_FIELD_NUMBER, _tactile, "rgb_obs", "rgb_tactile"),
+    "proprio": _Sensor(wire.Observation.PROPRIO_FIELD_NUMBER, _proprio, "robot_obs"),
 }
 
 
-def _find(obs: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    value: Any = obs
-    for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+@lru_cache(maxsize=16)
+def _wanted(sensors: tuple[str, ...]) -> list[_Sensor]:
+    """rgb_static first, since the generalist always wants it. Raises ServiceMismatch."""
+    unknown = [sensor for sensor in sensors if sensor not in _SENSORS]
+    if unknown:
+        raise ServiceMismatch(
+            f"the model reads {', '.join(map(repr, unknown))}, which this client does not know: upgrade robodual-client"
+        )
+    return [_SENSORS[name] for name in dict.fromkeys(("rgb_static", *sensors))]
 
 
 def _array(value: Any, name: str) -> npt.NDArray[Any]:

@@ -9,14 +9,14 @@ import time
 import uuid
 from dataclasses import replace
 from functools import partial
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
 from robodual_client import observation, wire
-from robodual_client.answer import Answer, Conditioning, ServiceInfo
+from robodual_client.answer import Answer, Conditioning, ServiceInfo, checked_action
 from robodual_client.calls import Attempts, Call, Halt, Plan, Replicas, Timeouts, repeat
 from robodual_client.errors import Failure, ServiceMismatch
 from robodual_client.frame import Frame
@@ -49,7 +49,7 @@ class Session:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name):
             raise ValueError(f"session must be 1 to 64 characters of [A-Za-z0-9_.-], got {self.name!r}")
         self.schedule = Schedule.parse(schedule)
-        self.last: Answer | None = None
+        self._answer: Callable[[], Answer | None] = lambda: None
         self.episode = 0
         self.step_number = 0
         self._seed = _checked_seed(seed)
@@ -79,6 +79,13 @@ class Session:
         self._conditioning: Conditioning | None = None
         self._least: int | None = None  # the step of the least conditioning that a replica must see
         self._thinking: Thinking | None = None
+
+    @property
+    def last(self) -> Answer | None:
+        """The answer to the last step. Made when it is asked for, since a step needs only its action."""
+        answer = self._answer()
+        self._answer = lambda: answer
+        return answer
 
     def info(self) -> Plan[dict[str, ServiceInfo]]:
         """GetInfo of both services, by "generalist" and "specialist"."""
@@ -151,12 +158,10 @@ class Session:
             self._least = step
             if self.schedule.asynchronous:
                 self._thinking = Thinking(self._generalists, self._conditioning)
-        answer = yield from self._act(step, frame)
+        action = yield from self._act(step, frame)
         self._previous = frame
-        self._least = answer.conditioning_step
         self.step_number = self._first_unseen = step + 1
-        self.last = answer
-        return answer.action.copy()
+        return action
 
     def skip(self, steps: int) -> None:
         if steps < 0:
@@ -184,7 +189,7 @@ class Session:
         )
         return Conditioning.of(response, (time.perf_counter() - start) * 1e3)
 
-    def _act(self, step: int, frame: Frame) -> Plan[Answer]:
+    def _act(self, step: int, frame: Frame) -> Plan[npt.NDArray[np.float64]]:
         attempts = Attempts(self._specialists, self._timeouts.budget)
         lost_at: set[str] = set()
         conditioned_again = False
@@ -192,10 +197,11 @@ class Session:
             address = self._specialists.current
             recover = attempts.failures > 0 or address != self._answered_by
             try:
-                yield from self._admit(address, attempts)
+                if address != self._answered_by or step == 0:
+                    yield from self._admit(address, attempts)
                 request = self._act_request(step, frame, recover)
-                if attempts.failures == 0:
-                    yield from self._think(step, frame)
+                if attempts.failures == 0 and self._thinking is not None:
+                    yield from self._think(self._thinking, step, frame)
                 start = time.perf_counter()
                 timeout = attempts.timeout(self._timeouts.act)
                 response = yield Call(address, SPECIALIST, "Act", request, timeout, self._latency["specialist"])
@@ -213,7 +219,9 @@ class Session:
                     yield from attempts.failed(failure)
                 continue
             round_trip = (time.perf_counter() - start) * 1e3
-            answer = Answer.of(
+            action = checked_action(response, step=step, episode=self.episode, address=address)
+            self._answer = partial(
+                Answer.of,
                 response,
                 step=step,
                 episode=self.episode,
@@ -223,8 +231,9 @@ class Session:
                 conditioning=self._conditioning if self._thinking is None else self._thinking.latest,
             )
             self._answered_by = address
+            self._least = response.conditioning.step
             self._recovery = response.recovery if response.HasField("recovery") else None
-            return answer
+            return action
 
     def _condition_again(self, step: int, frame: Frame) -> Plan[None]:
         if not self.schedule.asynchronous and self._asked is not None:
@@ -253,10 +262,8 @@ class Session:
             self._reset_at.add(address)
         self._opened.add(address)
 
-    def _think(self, step: int, frame: Frame) -> Plan[None]:
-        if self._thinking is None:
-            return
-        launch = self._thinking.offer(step, lambda: self._condition_call(self._generalists.current, step, frame))
+    def _think(self, thinking: Thinking, step: int, frame: Frame) -> Plan[None]:
+        launch = thinking.offer(step, lambda: self._condition_call(self._generalists.current, step, frame))
         if launch is not None:
             yield launch
 

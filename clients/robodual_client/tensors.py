@@ -55,7 +55,7 @@ def decode(tensor: wire.Tensor, *, field: str, dtype: npt.DTypeLike, shape: Sequ
     sizes = tuple(tensor.shape)
     if len(sizes) != len(shape):
         raise ValueError(f"{field}: must have {len(shape)} dimensions, {_spell(shape)}, got {len(sizes)}")
-    if sizes != shape and not all(_fits(size, allowed) for size, allowed in zip(sizes, shape)):
+    if sizes != shape and not all(map(_fits, sizes, shape)):
         raise ValueError(f"{field}: shape must be {_spell(shape)}, got {_spell(sizes)}")
     data = tensor.data
     size = math.prod(sizes) * expected.itemsize  # Python integers: a product of 32-bit sizes cannot wrap

@@ -155,6 +155,23 @@ async def test_a_batch_is_formed_when_the_thread_is_free_of_other_work_too() -> 
     assert model.batches == [[0, 1]]
 
 
+@pytest.mark.parametrize("started", [True, False])
+async def test_other_work_that_is_cancelled_leaves_the_thread_alive(started: bool) -> None:
+    ran = []
+    async with batching(lambda items: items) as batcher:
+        held = threading.Event()
+        before = asyncio.create_task(batcher.call(held.wait, 5))
+        await asyncio.sleep(0.01)
+        cancelled = before if started else asyncio.create_task(batcher.call(ran.append, 1))
+        await asyncio.sleep(0.01)
+        cancelled.cancel()
+        await asyncio.sleep(0.01)
+        held.set()
+        assert (await batcher.submit(7, session="a")).answer == 7
+        await asyncio.gather(before, cancelled, return_exceptions=True)
+    assert not ran
+
+
 async def test_a_request_cancelled_in_a_batch_that_fails_is_not_run_again() -> None:
     batches = []
     filled, cancelled = threading.Event(), threading.Event()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import grpc
 from google.protobuf import message_factory
@@ -34,14 +34,19 @@ class Stub:
         raise AttributeError(f"the service has no method {name}")
 
 
-def handler(service: str, servicer: object) -> grpc.GenericRpcHandler:
-    """A handler for `server.add_generic_rpc_handlers` that answers each method with the servicer's one of that name."""
+def handler(
+    service: str, servicer: object, readers: Mapping[str, Callable[[bytes], Any]] | None = None
+) -> grpc.GenericRpcHandler:
+    """A handler for `server.add_generic_rpc_handlers` that answers each method with the servicer's one of that name.
+
+    `readers` make requests of bytes, for the methods that are to get something else than messages.
+    """
     handlers = {}
     for method, kind in _methods(service):
         request, response = _classes(method)
         handlers[method.name] = getattr(grpc, f"{kind}_rpc_method_handler")(
             getattr(servicer, method.name),
-            request_deserializer=request.FromString,
+            request_deserializer=(readers or {}).get(method.name, request.FromString),
             response_serializer=response.SerializeToString,
         )
     return grpc.method_handlers_generic_handler(service, handlers)

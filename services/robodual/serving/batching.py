@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 from typing import Generic, ParamSpec, TypeVar
 
 from robodual.serving.errors import DeadlineExceeded, ResourceExhausted, Unavailable
@@ -62,13 +65,17 @@ class Batcher(Generic[Item, Answer]):
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._metrics = metrics
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._waiting: OrderedDict[str, deque[_Ticket[Item, Answer]]] = OrderedDict()
         self._count = 0
         self._running: list[_Ticket[Item, Answer]] = []
         self._calls = 0
         self._closed = False
         self._loop = asyncio.get_running_loop()
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # Not an executor's: after a job it sleeps at once, so that the event loop, which the job's end has woken, does
+        # not wait for the interpreter's lock.
+        self._thread = threading.Thread(target=self._work_off, name="model", daemon=True)
+        self._thread.start()
 
     @property
     def load(self) -> int:
@@ -99,9 +106,22 @@ class Batcher(Generic[Item, Answer]):
 
     async def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs `function` in the model's thread, between batches."""
+        if self._closed:
+            raise Unavailable("the service is shutting down")
+        done: Future[R] = Future()
+
+        def job() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                done.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                done.set_exception(error)
+
         self._calls += 1
+        self._jobs.put(job)
         try:
-            return await self._loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
+            return await asyncio.wrap_future(done)
         finally:
             self._calls -= 1
             self._start()
@@ -114,7 +134,8 @@ class Batcher(Generic[Item, Answer]):
                 ticket.fail(Unavailable("the service is shutting down"))
         self._waiting.clear()
         self._resize(-self._count)
-        await asyncio.to_thread(self._thread.shutdown)
+        self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join)
 
     def _start(self) -> None:
         """Gives the thread a batch of what waits, if it has no other work: none is formed before it can run."""
@@ -123,7 +144,12 @@ class Batcher(Generic[Item, Answer]):
         self._running = self._take()
         if self._running:
             self._metrics.batch_size.observe(len(self._running))
-            self._thread.submit(self._run, self._running)
+            self._jobs.put(partial(self._run, self._running))
+
+    def _work_off(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job  # and the frames that it holds
 
     def _run(self, batch: Sequence[_Ticket[Item, Answer]]) -> None:
         """Runs in the thread."""

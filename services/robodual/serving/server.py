@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 from urllib.parse import urlsplit
@@ -112,11 +112,21 @@ class Server:
         if store.scheme == "redis" and not is_loopback(store.hostname or "localhost"):
             logger.warning("conditionings and the password of Redis travel unencrypted; use rediss:// in redis_url")
 
-    def open(self, servicer: object, info: wire.InfoResponse, *, end_streams: Callable[[], None] | None = None) -> None:
-        """Puts `servicer` behind the methods; `end_streams` is called at the beginning of the drain."""
+    def open(
+        self,
+        servicer: object,
+        info: wire.InfoResponse,
+        *,
+        readers: Mapping[str, Callable[[bytes], Any]] | None = None,
+        end_streams: Callable[[], None] | None = None,
+    ) -> None:
+        """Puts `servicer` behind the methods, with `readers` for the requests of some (see `rpc.handler`).
+
+        `end_streams` is called at the beginning of the drain.
+        """
         self._info = info
         self._end_streams = end_streams
-        self._methods.serve(servicer)
+        self._methods.serve(rpc.handler(self._name, servicer, readers))
 
     async def drain(self) -> None:
         """Takes no new calls, lets those in flight finish for `shutdown_grace` seconds, then stops gRPC."""
@@ -160,8 +170,8 @@ class _Methods(grpc.GenericRpcHandler):
         self._name = name
         self._handler: grpc.GenericRpcHandler | None = None
 
-    def serve(self, servicer: object) -> None:
-        self._handler = rpc.handler(self._name, servicer)
+    def serve(self, handler: grpc.GenericRpcHandler) -> None:
+        self._handler = handler
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         if self._handler is not None:

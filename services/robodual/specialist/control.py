@@ -6,6 +6,7 @@ Pure NumPy, and exact: a loop restored from another's recovery state gives the s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -15,15 +16,17 @@ from robodual.specialist.config import ACTION, CHUNK, HISTORY
 
 Window = Literal["published", "age"]
 Array = NDArray[np.float32]
+FLOAT, INT = np.dtype("<f4"), np.dtype("<i4")  # as on the wire
 
 DECAY = 0.1  # an action that was planned n steps ago weighs exp(-DECAY * n)
 GRIPPER_THRESHOLD = -0.5  # below it the gripper closes
 
-_WEIGHTS = np.exp(-DECAY * np.arange(CHUNK))
 
-
+@lru_cache(maxsize=1024)
 def noise(seed: int, episode: int, step: int) -> Array:
     """The diffusion's starting sample, float32 [8, 7], standard normal: a function of its three arguments alone.
+
+    Read-only: who asks again gets the same array.
 
     `seed` is a uint64, `episode` and `step` are uint32: together they are Philox's 128-bit key.
 
@@ -34,7 +37,9 @@ def noise(seed: int, episode: int, step: int) -> Array:
         if not 0 <= value < 1 << bits:
             raise ValueError(f"{name} must be 0 to 2**{bits} - 1, not {value}")
     key = np.array([seed, episode << 32 | step], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).standard_normal((CHUNK, ACTION), dtype=np.float32)
+    sample = np.random.Generator(np.random.Philox(key=key)).standard_normal((CHUNK, ACTION), dtype=np.float32)
+    sample.flags.writeable = False
+    return sample
 
 
 def reference_actions(chunk: Array, *, conditioning_step: int, step: int, window: Window) -> Array:
@@ -77,24 +82,32 @@ class ControlLoop:
     """
 
     def __init__(self, recovery: Recovery | None = None) -> None:
-        self._chunks = np.zeros((0, CHUNK, ACTION), np.float32)
-        self._steps: list[int] = []
-        self._history = np.zeros((HISTORY, ACTION), np.float32)
-        if recovery is not None:
-            _check(recovery)
-            self._chunks = recovery.chunks.astype(np.float32)
-            self._steps = [int(step) for step in recovery.chunk_steps]
-            self._history = recovery.history.astype(np.float32)
+        if recovery is None:
+            recovery = Recovery(
+                np.zeros((0, CHUNK, ACTION), FLOAT), np.zeros(0, INT), np.zeros((HISTORY, ACTION), FLOAT)
+            )
+        _check(recovery)
+        self._state = recovery
+        self._planned: _Plan | None = None
 
     @property
     def history(self) -> Array:
         """The last 4 executed actions [4, 7], oldest first, zeros in front. The published network does not read it."""
-        return self._history.copy()
+        return self._state.history.copy()
 
     @property
     def last_step(self) -> int | None:
         """The latest step that has had its action, or None."""
-        return self._steps[-1] if self._steps else None
+        steps = self._state.chunk_steps
+        return int(steps[-1]) if len(steps) else None
+
+    def prepare(self, step: int) -> Recovery:
+        """Does ahead what `advance` does for `step` before it looks at the chunk.
+
+        Returns the state that it will leave, with zeros for the chunk and the action.
+        """
+        self._planned = _Plan(self._state, step)
+        return self._planned.following
 
     def advance(self, step: int, chunk: Array) -> Array:
         """The action [7], float32, for `step`, whose diffusion gave `chunk` [8, 7].
@@ -105,25 +118,45 @@ class ControlLoop:
         Raises:
             ValueError: if `step` is not after the last one, or the chunk has another shape.
         """
-        if self._steps and step <= self._steps[-1]:
-            raise ValueError(f"step must be after {self._steps[-1]}, not {step}")
+        last = self.last_step
+        if last is not None and step <= last:
+            raise ValueError(f"step must be after {last}, not {step}")
         if chunk.shape != (CHUNK, ACTION):
             raise ValueError(f"chunk must have shape {(CHUNK, ACTION)}, not {chunk.shape}")
-        passed = sum(step - at >= CHUNK for at in self._steps)
-        self._steps = [*self._steps[passed:], step]
-        self._chunks = np.concatenate((self._chunks[passed:], chunk[None]), dtype=np.float32)
-        ages = [step - at for at in self._steps]
-        planned = self._chunks[range(len(ages)), ages].astype(np.float64)  # [n, 7]
-        weights = _WEIGHTS[ages]
-        mean = (planned * weights[:, None]).sum(axis=0) / weights.sum()
+        planned, self._planned = self._planned, None
+        plan = planned if planned is not None and planned.step == step else _Plan(self._state, step)
+        mean = [(total + now) / (plan.weight + 1) for total, now in zip(plan.total, chunk[0].tolist())]
         mean[-1] = -1 if mean[-1] < GRIPPER_THRESHOLD else 1
-        action: Array = mean.astype(np.float32)
-        self._history = np.concatenate((self._history[1:], action[None]))
+        action = np.array(mean, FLOAT)
+        self._state = plan.following
+        self._state.chunks[-1], self._state.history[-1] = chunk, action
         return action
 
     def recovery(self) -> Recovery:
         """The state after the last step: at most 1,937 bytes of values."""
-        return Recovery(self._chunks, np.array(self._steps, np.int32), self._history)
+        return self._state
+
+
+class _Plan:
+    """What is known of `step` before its chunk.
+
+    `total` (7 numbers) and `weight` are the sums of what earlier chunks plan for it, weighted, and of the weights;
+    `following` is the state after it, with room for its chunk and its action.
+    """
+
+    def __init__(self, state: Recovery, step: int) -> None:
+        covering = state.chunk_steps > step - CHUNK
+        chunks, steps = state.chunks[covering], state.chunk_steps[covering]
+        ages = step - steps
+        weights = np.exp(-DECAY * ages)
+        self.step = step
+        self.total: list[float] = (weights @ chunks[np.arange(len(ages)), ages].astype(np.float64)).tolist()
+        self.weight = float(weights.sum())
+        self.following = Recovery(
+            np.concatenate((chunks, np.zeros((1, CHUNK, ACTION), FLOAT))),
+            np.concatenate((steps, np.array([step], INT))),
+            np.concatenate((state.history[1:], np.zeros((1, ACTION), FLOAT))),
+        )
 
 
 def _check(recovery: Recovery) -> None:

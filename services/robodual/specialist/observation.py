@@ -17,16 +17,14 @@ from robodual_client import tensors, wire
 
 SIDES = range(8, 1025)
 LIMIT = 1e4  # of any value, in metres or radians: far from any robot, and from overflow in 16 bits
+# Floats from 0 on are in the order of their bits, and others' bits are above: one look at its bits passes a depth map.
+_LIMIT_BITS = np.float32(LIMIT).view(np.uint32)
 TACTILE = (160, 120, 6)
 STEPS = range(1, 9)
 WINDOWS: dict[int, Window] = {
     wire.REFERENCE_WINDOW_UNSPECIFIED: "published",
     wire.REFERENCE_WINDOW_PUBLISHED: "published",
     wire.REFERENCE_WINDOW_AGE: "age",
-}
-WINDOW_NUMBERS: dict[Window, wire.ReferenceWindow] = {
-    "published": wire.REFERENCE_WINDOW_PUBLISHED,
-    "age": wire.REFERENCE_WINDOW_AGE,
 }
 
 
@@ -96,20 +94,6 @@ async def resumption(request: wire.ActRequest) -> Resumption:
     return Resumption(state.episode, state.step, state.seed, chosen, control, previous)
 
 
-def recovery_state(episode: int, step: int, seed: int, chosen: Window, control: ControlLoop) -> wire.RecoveryState:
-    """What `resumption` reads."""
-    recovery = control.recovery()
-    return wire.RecoveryState(
-        episode=episode,
-        step=step,
-        seed=seed,
-        reference_window=WINDOW_NUMBERS[chosen],
-        chunks=tensors.encode(recovery.chunks),
-        chunk_steps=tensors.encode(recovery.chunk_steps),
-        history=tensors.encode(recovery.history),
-    )
-
-
 def _tensor(message: Any, name: str, parent: str, dtype: DTypeLike, shape: Sequence[tensors.Dimension]) -> NDArray[Any]:
     field = f"{parent}.{name}"
     if not message.HasField(name):
@@ -118,8 +102,15 @@ def _tensor(message: Any, name: str, parent: str, dtype: DTypeLike, shape: Seque
         values = tensors.decode(getattr(message, name), field=field, dtype=dtype, shape=shape)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
-    # Without a copy of the values; NaN compares false, so it is refused too.
-    if values.dtype.kind == "f" and not (values.min() >= -LIMIT and values.max() <= LIMIT):
+    check_range(values, field)
+    return values
+
+
+def check_range(values: NDArray[Any], field: str) -> None:
+    """Raises `InvalidArgument` unless all values, if they are floats, are within the limit. Copies nothing."""
+    if values.dtype != np.float32 or values.view(np.uint32).max() <= _LIMIT_BITS:
+        return
+    # NaN compares false, so it is refused too.
+    if not (values.min() >= -LIMIT and values.max() <= LIMIT):
         problem = f"values within ±{LIMIT:g}" if np.isfinite(values).all() else "finite values only"
         raise InvalidArgument(f"{field}: expected {problem}")
-    return values

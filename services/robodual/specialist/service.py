@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,17 +27,18 @@ from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Background, Readiness
 from robodual.serving.server import Server
 from robodual.serving.settings import SpecialistSettings
-from robodual.serving.timings import Timings
+from robodual.serving.timings import LATER, Timings
 from robodual.specialist import observation
-from robodual.specialist.control import ControlLoop, noise, reference_actions
+from robodual.specialist.control import noise, reference_actions
 from robodual.specialist.engine import Answer, Frame, Projected, Request, SpecialistEngine
 from robodual.specialist.engines import load, warm_up
 from robodual.specialist.feed import Feed
+from robodual.specialist.layouts import Layouts, Received
 from robodual.specialist.operator.observers import Observers
 from robodual.specialist.operator.pages import events, files
 from robodual.specialist.sessions import Conditioned, Session, Sessions
 from robodual.specialist.view import Reference, Step
-from robodual_client import tensors, wire
+from robodual_client import wire
 
 logger = structlog.get_logger(__name__)
 
@@ -63,17 +65,20 @@ class SpecialistService:
         self._feed = feed
         self._info = info
         self._metrics = metrics
-        self._sensors = frozenset(info.sensors)
+        self._layouts = Layouts(info.sensors)
         self._loop = asyncio.get_running_loop()
         self._draining = False
         self._idle_streams: set[asyncio.Task[Any]] = set()
 
-    async def Act(self, request: wire.ActRequest, context: Any) -> wire.ActResponse:
+    @property
+    def readers(self) -> dict[str, Callable[[bytes], Received]]:
+        """What reads the requests of Act and ActStream."""
+        return dict.fromkeys(("Act", "ActStream"), self._layouts.receive)
+
+    async def Act(self, request: Received, context: Any) -> wire.ActResponse:
         return await self._act(request, server.deadline(context))
 
-    async def ActStream(
-        self, requests: AsyncIterator[wire.ActRequest], context: Any
-    ) -> AsyncIterator[wire.ActResponse]:
+    async def ActStream(self, requests: AsyncIterator[Received], context: Any) -> AsyncIterator[wire.ActResponse]:
         stream = asyncio.current_task()
         if stream is None:
             raise RuntimeError("a stream runs in a task")
@@ -127,8 +132,9 @@ class SpecialistService:
         for stream in self._idle_streams:
             stream.cancel()
 
-    async def _act(self, request: wire.ActRequest, deadline: float | None) -> wire.ActResponse:
+    async def _act(self, received: Received, deadline: float | None) -> wire.ActResponse:
         timings = Timings(self._metrics)
+        request = received.message
         identity = fields.session_id(request)
         owner = auth.owner()
         session = self._sessions.use(identity, owner)
@@ -153,7 +159,7 @@ class SpecialistService:
             if session.answer is not None and session.progress == (request.episode, request.step):
                 return session.answer
             self._check_order(session, request)
-            frame = await observation.frame(request, self._sensors)
+            frame = await self._layouts.frame(received)
             timings.lap("decode")
             conditioned = await self._conditioning(session, request, deadline, looked)
             timings.lap("wait")
@@ -176,7 +182,7 @@ class SpecialistService:
         if self._settings.only == "generalist":
             # Its latest chunk, one row a step: what later chunks would say of a step is not blended in.
             chunk = reference
-            session.control = ControlLoop()
+            session.forget_chunks()
         else:
             if self._settings.only == "specialist":
                 reference = np.zeros_like(reference)
@@ -186,35 +192,32 @@ class SpecialistService:
             timings.add("queue", done.queued)
             timings.add("model", done.computed)
             chunk = done.answer.chunk
-            if not np.isfinite(chunk).all():
+            if not all(map(math.isfinite, chunk.ravel().tolist())):
                 raise RuntimeError("the model gave values that are not finite")
             session.previous = done.answer.features
-        action = session.control.advance(step, chunk)
-        age = step - version.step
-        degraded = not self._feed.up or age > self._settings.degraded_age_steps
-        self._metrics.conditioning_age.observe(age)
         staleness = time.perf_counter() - conditioned.at
-        self._metrics.conditioning_staleness.observe(staleness)
         if timings.span is not None and session.traced != version:
             session.traced = version
             timings.span.stage("conditioning", conditioned.took, ago=staleness)
-        if degraded:
-            self._metrics.degraded.inc()
-        session.answer = wire.ActResponse(
-            episode=episode,
-            step=step,
-            action=tensors.encode(action),
-            chunk=tensors.encode(chunk),
-            conditioning=wire.Version(episode=version.episode, step=version.step),
-            age=age,
-            degraded=degraded,
-            recovery=observation.recovery_state(episode, step, session.seed, session.window, session.control),
-            timings=timings.messages(),
-        )
+        degraded = not self._feed.up or step - version.step > self._settings.degraded_age_steps
+        answer = session.advance(step, chunk, version, degraded=degraded)
+        answer.timings.extend(timings.messages())
+        session.answer = answer
         if session.view is not None:
-            taken = Step(episode, step, action, age, degraded, timings.stages)
+            action = session.control.history[-1]
+            taken = Step(answer.episode, step, action, answer.age, degraded, timings.stages)
             session.view.note(taken, frame, Reference(*version, conditioned.reference_actions))
-        return session.answer
+        self._loop.call_later(LATER, self._follow_up, session, answer, staleness)
+        return answer
+
+    def _follow_up(self, session: Session, answer: wire.ActResponse, staleness: float) -> None:
+        """What can wait until the answer is on its way, and the robot has something to do."""
+        self._metrics.conditioning_age.observe(answer.age)
+        self._metrics.conditioning_staleness.observe(staleness)
+        if answer.degraded:
+            self._metrics.degraded.inc()
+        if session.answer is answer and answer.step < fields.LAST:
+            session.prepare(answer.step + 1)
 
     def _check_order(self, session: Session, request: wire.ActRequest) -> None:
         episode, step = session.progress
@@ -359,7 +362,7 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
         info = describe("specialist", facts, models[0].sensors)
         metrics.watch_memory(*facts.device.split(","))
         service = SpecialistService(settings, batchers, sessions, feed, info, metrics)
-        endpoints.open(service, info, end_streams=service.end_streams)
+        endpoints.open(service, info, readers=service.readers, end_streams=service.end_streams)
         cleanup.push_async_callback(endpoints.drain)
         yield endpoints
 

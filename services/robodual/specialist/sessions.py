@@ -14,7 +14,8 @@ from robodual.conditioning.record import Version
 from robodual.conditioning.store import FOREIGN
 from robodual.serving.errors import PermissionDenied, ResourceExhausted
 from robodual.serving.metrics import Metrics
-from robodual.specialist.control import ControlLoop, Window
+from robodual.specialist import answers
+from robodual.specialist.control import ControlLoop, Window, noise
 from robodual.specialist.engine import Features, Projected
 from robodual.specialist.view import View
 from robodual_client import wire
@@ -71,6 +72,7 @@ class Session:
         self.spoiled = 0  # records in the store that could not be read
         self.client = 0  # who began the episode; 0: it did not say
         self._kept: list[Conditioned] = []
+        self._draft: wire.ActResponse | None = None
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -97,8 +99,31 @@ class Session:
     ) -> None:
         """Goes on with `episode` where `control` is, with the static frame of the step before."""
         self.episode, self.seed, self.window = episode, seed, window
-        self.control, self.previous, self.answer = control, previous, None
+        self.control, self.previous, self.answer, self._draft = control, previous, None, None
         self._kept = [conditioned for conditioned in self._kept if conditioned.version.episode >= episode]
+
+    def forget_chunks(self) -> None:
+        """Has the next step follow its chunk alone: nothing that earlier ones say is blended in."""
+        self.control, self._draft = ControlLoop(), None
+
+    def prepare(self, step: int) -> wire.ActResponse:
+        """Makes ahead what `step` needs and its frame does not change; what there is of its answer."""
+        noise(self.seed, self.episode, step)
+        state = self.control.prepare(step)
+        self._draft = answers.draft(self.episode, step, self.seed, self.window, state)
+        return self._draft
+
+    def advance(
+        self, step: int, chunk: NDArray[np.float32], conditioning: Version, *, degraded: bool
+    ) -> wire.ActResponse:
+        """Takes `step`, whose diffusion gave `chunk` [8, 7]: the answer to it, but for its timings."""
+        answer = self._draft
+        if answer is None or answer.step != step:
+            answer = self.prepare(step)
+        self._draft = None
+        self.control.advance(step, chunk)
+        answers.complete(answer, self.control.recovery(), conditioning, degraded=degraded)
+        return answer
 
     def keep(self, conditioned: Conditioned) -> None:
         """Takes in a conditioning, unless it is of an episode gone by or not newer than the newest."""
