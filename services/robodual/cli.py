@@ -259,11 +259,22 @@ def doctor(
     redis_url: Annotated[str | None, typer.Option(envvar="ROBODUAL_REDIS_URL", help="Also looks at this one.")] = None,
     generalist: Annotated[str, typer.Option(help="Its host:port.")] = "127.0.0.1:50051",
     specialist: Annotated[str, typer.Option(help="Its host:port.")] = "127.0.0.1:50052",
+    tls: Annotated[bool, typer.Option("--tls", help="Asks the services over TLS.")] = False,
+    tls_ca: Annotated[Path | None, typer.Option(help="PEM: who signed their certificates.")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM: to show them, where they ask for one.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM: its key.")] = None,
 ) -> None:
     """Says what is installed, whether Redis and both services answer, and what to do about what does not."""
     from robodual.doctor import examine
+    from robodual_client import Tls
 
-    findings = asyncio.run(examine(redis_url, generalist, specialist, os.environ.get("ROBODUAL_TOKEN")))
+    secured = Tls(tls_ca, tls_certificate, tls_key) if tls or tls_ca or tls_certificate or tls_key else None
+    token = os.environ.get("ROBODUAL_TOKEN") or None
+    try:
+        findings = asyncio.run(examine(redis_url, generalist, specialist, token, secured))
+    except ValueError as error:
+        stderr.print(escape(str(error)))
+        raise typer.Exit(2) from error
     table = Table("", "what", "found", "to do", box=None)
     marks = {"ok": "[green]ok[/]", "note": "[yellow]--[/]", "fault": "[red]no[/]"}
     for finding in findings:

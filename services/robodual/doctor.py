@@ -19,7 +19,8 @@ import redis.exceptions
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from robodual_client import wire
+from robodual_client import Tls, wire
+from robodual_client.channel import Security, security
 from robodual_client.wire import rpc
 
 
@@ -33,14 +34,20 @@ class Finding:
     remedy: str = ""
 
 
-async def examine(redis_url: str | None, generalist: str, specialist: str, token: str | None = None) -> list[Finding]:
-    """Looks at this machine, at Redis (where a URL is given) and at both services.
+async def examine(
+    redis_url: str | None, generalist: str, specialist: str, token: str | None = None, tls: Tls | None = None
+) -> list[Finding]:
+    """Looks at this machine, at Redis (where a URL is given) and at both services, over TLS if `tls` is given.
 
-    A fault is something that keeps the pair from working.
+    A fault is something that keeps the pair from working. Raises ValueError for a token that cannot be one, and for
+    files of `tls` that cannot be read.
     """
+    shown = security(token, tls or False)
+    if tls is not None:
+        tls.credentials()
     looks = [_redis(redis_url)] if redis_url else []
-    looks.append(_service("generalist", rpc.GENERALIST, generalist, token))
-    looks.append(_service("specialist", rpc.SPECIALIST, specialist, token))
+    looks.append(_service("generalist", rpc.GENERALIST, generalist, shown))
+    looks.append(_service("specialist", rpc.SPECIALIST, specialist, shown))
     return [*_packages(), *_machine(), *await asyncio.gather(*looks)]
 
 
@@ -119,12 +126,11 @@ def _without_password(url: str) -> str:
     return f"{head.partition('://')[0]}://***@{tail}" if at else url
 
 
-async def _service(name: str, service: str, address: str, token: str | None) -> Finding:
-    metadata = [("authorization", f"Bearer {token}")] if token else None
-    async with grpc.aio.insecure_channel(address) as channel:
+async def _service(name: str, service: str, address: str, shown: Security) -> Finding:
+    async with shown.channel(grpc.aio, address) as channel:
         try:
             health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
-            answer = await rpc.Stub(channel, service).GetInfo(wire.InfoRequest(), timeout=3, metadata=metadata)
+            answer = await rpc.Stub(channel, service).GetInfo(wire.InfoRequest(), timeout=3, metadata=shown.metadata)
         except grpc.aio.AioRpcError as error:
             return Finding(name, "fault", f"{address}: {error.code().name}: {error.details()}", _remedy(name, error))
     size = f"{answer.parameters / 1e6:,.1f} M parameters, {answer.weight_bytes / 2**20:,.0f} MiB"
@@ -138,4 +144,7 @@ async def _service(name: str, service: str, address: str, token: str | None) -> 
 def _remedy(name: str, error: grpc.aio.AioRpcError) -> str:
     if error.code() == grpc.StatusCode.UNAUTHENTICATED:
         return "give one of the service's tokens in ROBODUAL_TOKEN"
-    return f"start it with `robodual serve {name}` (or both with `robodual up`), or correct --{name}"
+    return (
+        f"start it with `robodual serve {name}` (or both with `robodual up`), or correct --{name}; "
+        "--tls-ca FILE where it speaks TLS"
+    )

@@ -8,14 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from robodual.conditioning.valkey import EmbeddedServer
+from robodual.serving import settings_file
+from robodual.serving.probe import waiting_for
+from robodual.serving.settings import TABLES
 
 SERVICES = ("generalist", "specialist")
 
@@ -177,11 +178,28 @@ class Pair:
         waiting = set(SERVICES)
         while waiting:
             self.check()
-            waiting -= {name for name in waiting if _is_ready(self.http_ports[name])}
+            waiting -= {name for name in waiting if self._is_ready(name)}
             if waiting and time.monotonic() > deadline:
                 names = " and ".join(sorted(waiting))
                 raise PairError(f"the {names} was not ready after {self.options.start_timeout:.0f} s; see its log")
             time.sleep(0.05)
+
+    def _is_ready(self, name: str) -> bool:
+        certificate, key = self._setting(name, "tls_certificate"), self._setting(name, "tls_key")
+        return not waiting_for(self.http_ports[name], certificate=certificate, key=key, tls=certificate is not None)
+
+    def _setting(self, service: str, name: str) -> Path | None:
+        """A path among the settings, where the service will find it."""
+        for prefix in (f"ROBODUAL_{service.upper()}_", "ROBODUAL_"):
+            if value := self.environment.get(prefix + name.upper()):
+                return Path(value)
+        if not (file := self.environment.get("ROBODUAL_CONFIG")):
+            return None
+        try:
+            value = settings_file.merged(settings_file.read(Path(file), TABLES), service).get(name)
+        except ValueError as error:
+            raise PairError(str(error)) from error
+        return Path(value) if value else None
 
 
 def _free_port() -> int:
@@ -200,14 +218,6 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def _is_ready(http_port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/readyz", timeout=2) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _end_with_parent() -> None:

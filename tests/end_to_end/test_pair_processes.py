@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from robodual.pair import Options, Pair, PairError
-from robodual_client import DualSystemClient
+from robodual_client import DualSystemClient, Tls
 from robodual_client.calvin.sequences import published
 from robodual_client.calvin.tasks import achieved
 from robodual_client.playtable import PlayTable
@@ -166,3 +166,17 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_pair_whose_settings_file_asks_for_tls_becomes_ready(certificates: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "robodual.toml"
+    settings.write_text(
+        f'[shared]\ntls_certificate = "{certificates / "server.pem"}"\ntls_key = "{certificates / "server.key"}"\n'
+        f'tls_client_ca = "{certificates / "ca.pem"}"\n'
+    )
+    secured = Tls(certificates / "ca.pem", certificates / "client.pem", certificates / "client.key")
+    with (
+        Pair(Options(settings={"ROBODUAL_CONFIG": str(settings)}, start_timeout=120)) as pair,
+        DualSystemClient(**pair.addresses, tls=secured) as client,
+    ):
+        assert set(client.info()) == {"generalist", "specialist"}

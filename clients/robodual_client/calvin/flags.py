@@ -79,6 +79,8 @@ def add_services(group: Any) -> None:
     group.add_argument("--otlp", metavar="URL", help="collector that gets a trace of each step (none)")
     group.add_argument("--tls", action="store_true", help="connect with TLS")
     group.add_argument("--tls-ca", metavar="FILE", help="PEM file of who signed the services' certificates")
+    group.add_argument("--tls-certificate", metavar="FILE", help="PEM file to show services that ask for one")
+    group.add_argument("--tls-key", metavar="FILE", help="PEM file of its key")
 
 
 def services(given: argparse.Namespace) -> dict[str, Any]:
@@ -86,8 +88,9 @@ def services(given: argparse.Namespace) -> dict[str, Any]:
     options = {"generalist": given.generalist, "specialist": given.specialist, "schedule": given.schedule}
     if given.otlp:
         options["traces"] = given.otlp
-    if given.tls or given.tls_ca:
-        options["tls"] = {"ca": given.tls_ca} if given.tls_ca else True
+    files = {name: path for name in ("ca", "certificate", "key") if (path := getattr(given, f"tls_{name}"))}
+    if given.tls or files:
+        options["tls"] = files or True
     return options
 
 
