@@ -13,6 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -59,8 +60,9 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in SERVICES:
         print(f"usage: python -m robodual.serving.probe {{{','.join(SERVICES)}}}", file=sys.stderr)
         return 2
+    told: dict[str, Any] = {}  # by argument: nothing
     try:
-        settings = SERVICES[arguments[0]]()
+        settings = SERVICES[arguments[0]](**told)
     except ValidationError as error:
         print("\n".join(problem["msg"] for problem in error.errors()), file=sys.stderr)
         return 1

@@ -1,0 +1,236 @@
+"""How near each stage comes to what the machine allows: arithmetic, bytes, the bound of the two, the time.
+
+    python -m benchmarks.roofline --rounds 20 --json roofline.json --trace step.json
+
+The machine's own rates are measured beside the stages: float arithmetic by the best of some matrix products, in the
+stages' dtype, and bandwidth by reading memory that no cache holds. A stage's arithmetic is counted by PyTorch's
+formulas as it runs; its bytes are those of what its products and attentions read and write, each every time. A stage
+whose weights stay in a cache can so be faster than its bound by bytes. --trace writes one step of the specialist as a
+trace for chrome://tracing or ui.perfetto.dev.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks import generalist, identity, measurement, specialist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from robodual.generalist.decoding import decode
+from robodual.generalist.engine import GeneralistEngine, load_generalist
+from robodual.profiles import PROFILES
+from robodual.specialist.encoder import Encoder
+from robodual.specialist.engine import SpecialistEngine, load_specialist
+from robodual.specialist.latents import ColourLatents, MapLatents
+from robodual.specialist.packing import Linear
+from robodual.specialist.policy import needed
+from robodual.specialist.sampler import Sampler
+
+PACKAGES = ("torch", "transformers", "robodual")
+PRODUCTS = ((512, 1024, 1024), (512, 1024, 4096), (512, 4096, 1024), (2048, 2048, 2048))  # rows, in, out
+GPU_PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192))
+MEGABYTES = {"cpu": 512, "cuda": 4096}  # to read, for the bandwidth
+PACKED = torch.ops.mkldnn._linear_pointwise
+
+
+class Counter(TorchDispatchMode):
+    """Adds up the arithmetic of products, convolutions and attentions, and the bytes that they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self.bytes = 0, 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: tuple[Any, ...] = (), named: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = operation(*arguments, **(named or {}))
+        packet = operation._overloadpacket
+        if packet is PACKED:
+            self.flops += 2 * arguments[0].numel() * result.shape[-1]
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*arguments, **(named or {}), out_val=result)
+        else:
+            return result
+        outputs = result if isinstance(result, (tuple, list)) else [result]
+        self.bytes += sum(t.numel() * t.element_size() for t in [*arguments, *outputs] if isinstance(t, Tensor))
+        return result
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`bound` and `median` in milliseconds; `near` is the bound's share of the median."""
+
+    name: str
+    gigaflops: float
+    megabytes: float
+    bound: float
+    bound_by: str
+    median: float
+    p99: float
+    near: float
+
+
+def numbers(stage: Stage) -> tuple[float, ...]:
+    """In the order of the table."""
+    return stage.gigaflops, stage.megabytes, stage.bound, stage.median, stage.p99, stage.near
+
+
+def specialist_stages(engine: SpecialistEngine, context_length: int) -> dict[str, Callable[[], Any]]:
+    """One step's parts, of all sensors but the tactile one, and the whole step last."""
+    _, request = specialist.steps(engine, context_length)
+    policy, preparation, model = engine.policy, engine.preparation, engine.policy.model
+    frames = [request.frame]
+
+    def prepare() -> tuple[Tensor, Tensor]:
+        colour = torch.cat([preparation.static(frames), preparation.gripper(frames)])
+        return colour, torch.cat([preparation.static_depth(frames), preparation.gripper_depth(frames)])
+
+    pixels, maps = prepare()
+    see, feel = Encoder(policy.vision_encoder), Encoder(needed(policy.depth_encoder, "depth encoder"))
+    sampler = Sampler(model, policy.config)
+    adapters = [ColourLatents(needed(m, "adapter")) for m in (model.visual_adapter, model.gripper_visual_adapter)]
+    map_adapters = [MapLatents(needed(m, "adapter")) for m in (model.depth_adapter, model.gripper_depth_adapter)]
+    seen, felt = see(pixels), feel(maps)
+
+    def adapt() -> Tensor:
+        parts = [adapter(rows)[:, 0] for adapter, rows in zip(adapters, seen[:, None])]
+        return torch.cat([*parts, *(adapter(rows) for adapter, rows in zip(map_adapters, felt[:, None]))], dim=1)
+
+    latents = adapt()
+    latents = torch.cat((latents[:, : policy.config.latents], latents), dim=1)  # the previous frame's stand first
+    context = torch.cat((sampler.keys_values(latents), request.conditioning.keys_values[None]), dim=1)
+    start = preparation.vectors([request.noise], torch.float32)
+    reference = preparation.vectors([request.reference_actions])
+    conditioning = request.conditioning.mean[None]
+    return {
+        "frames to the encoders": prepare,
+        "vision encoder": partial(see, pixels),
+        "depth encoder": partial(feel, maps),
+        "adapters": adapt,
+        "context, keys and values": partial(sampler.keys_values, latents),
+        "denoising": partial(sampler, start, reference, conditioning, context),
+        "a step": partial(engine.act, [request]),
+    }
+
+
+def generalist_stages(engine: GeneralistEngine) -> dict[str, Callable[[], Any]]:
+    """Vision with the projector; the Llama over prompt and tokens; a conditioning."""
+    pixels, prompts = identity.inputs(engine, [generalist.frame()], [generalist.INSTRUCTION])
+    return {
+        "vision and projector": partial(engine.model.embed, pixels, prompts),
+        "a conditioning": partial(decode, engine.model, pixels, prompts, constrained=True),
+    }
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable[[], Any], float]]:
+    """What measures the machine: a function, and how many FLOPs or bytes it is."""
+    products = GPU_PRODUCTS if device.type == "cuda" else PRODUCTS
+    found: dict[str, tuple[Callable[[], Any], float]] = {}
+    for rows, width, out in products:
+        x, weight = torch.randn(rows, width, device=device, dtype=dtype), torch.randn(out, width, device=device)
+        layer = Linear(weight.to(dtype))
+        found[f"product {rows}x{width}x{out}"] = partial(layer, x), 2.0 * rows * width * out
+    size = MEGABYTES[device.type] << 20
+    found["read"] = torch.ones(size // 4, device=device).sum, float(size)
+    return found
+
+
+def synchronised(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """On CUDA, waits for the end."""
+    if device.type != "cuda":
+        return run
+
+    def wait() -> None:
+        run()
+        torch.cuda.synchronize(device)
+
+    return wait
+
+
+def measured(
+    stages: Mapping[str, Callable[[], Any]], device: torch.device, dtype: torch.dtype, rounds: int
+) -> tuple[list[Stage], float, float]:
+    """The stages, and the machine's rates: FLOPs and bytes a second."""
+    counters = {}
+    for name, run in stages.items():
+        with Counter() as counters[name]:
+            run()
+    machine = rates(device, dtype)
+    runs = {**stages, **{name: run for name, (run, _) in machine.items()}}
+    rows = {
+        row.name: row for row in measurement.interleave({k: synchronised(v, device) for k, v in runs.items()}, rounds)
+    }
+    # What the machine can: its better half of the moments.
+    arithmetic = max(amount / rows[name].median for name, (_, amount) in machine.items() if name != "read") * 1e3
+    bandwidth = machine["read"][1] / rows["read"].median * 1e3
+    found = []
+    for name, counter in counters.items():
+        by = {"arithmetic": counter.flops / arithmetic * 1e3, "bandwidth": counter.bytes / bandwidth * 1e3}
+        which = max(by, key=by.__getitem__)
+        row = rows[name]
+        near = by[which] / row.median
+        found.append(
+            Stage(name, counter.flops / 1e9, counter.bytes / 2**20, by[which], which, row.median, row.p99, near)
+        )
+    return found, arithmetic, bandwidth
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns 1 if `--compare` finds a stage farther from its bound than before."""
+    parser = argparse.ArgumentParser(prog="benchmarks.roofline", description=__doc__.splitlines()[0])
+    parser.add_argument("--system", default="specialist", choices=("specialist", "generalist"))
+    parser.add_argument("--profile", default="robodual-7b", choices=sorted(PROFILES))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--context-length", type=int, default=90, help="the generalist's tokens")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--trace", type=Path, help="where to write one step as a trace")
+    measurement.add_outputs(parser)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    with torch.inference_mode():
+        if options.system == "specialist":
+            engine = load_specialist(options.profile, device=options.device, dtype=options.dtype)
+            device, dtype = engine.preparation.device, engine.preparation.dtype
+            stages = specialist_stages(engine, options.context_length)
+        else:
+            thinker = load_generalist(options.profile, device=options.device, dtype=options.dtype, constrained=True)
+            device, dtype = thinker.model.device, thinker.model.dtype
+            stages = generalist_stages(thinker)
+        found, arithmetic, bandwidth = measured(stages, device, dtype, options.rounds)
+        if options.trace:
+            trace(options.trace, list(stages.values())[-1], device)
+    title = f"{options.system} {options.profile}, {device}, {dtype}, {options.threads} threads"
+    print(f"{title}: {arithmetic / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s")
+    header = ("stage", "bound by", "GFLOP", "MB", "bound ms", "median ms", "p99 ms", "bound / median")
+    cells = [[s.name, s.bound_by, *(f"{x:.2f}" for x in numbers(s))] for s in found]
+    measurement.markdown(*cells, header=header)
+    rows = [measurement.Row(s.name, s.median, s.p99, s.near) for s in found]
+    facts = {"flops_per_second": arithmetic, "bytes_per_second": bandwidth, "stages": [vars(s) for s in found]}
+    return measurement.conclude(options, "roofline", title, rows, PACKAGES, **facts)
+
+
+def trace(path: Path, run: Callable[[], Any], device: torch.device) -> None:
+    """Writes a Chrome trace of `run`."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    run()
+    with torch.profiler.profile(activities=kinds) as profile:
+        run()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(str(path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
