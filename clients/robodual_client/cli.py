@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Callable, Sequence
@@ -18,15 +19,18 @@ NO_REPORT = "no report: install the extra with pip install 'robodual-client[repo
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exits with 0, with 2 for a command line that is wrong, with 1 for an evaluation that cannot start or go on, and
-    with 130 after Ctrl-C."""
+    with 130 after Ctrl-C or SIGTERM."""
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing that is finished is lost
     try:
         command(options)
     except (EvaluationError, ValueError, OSError) as error:
         raise SystemExit(f"robodual-client: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

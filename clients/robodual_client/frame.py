@@ -31,30 +31,28 @@ def tensor_buffers(array: npt.NDArray[Any]) -> list[Buffer]:
 
 
 class Frame:
-    """The serialised sensors of one step: field numbers in wire.Observation and buffers, rgb_static first.
+    """The serialised sensors of one step, each as what `field` gives, one after the other, rgb_static first.
 
     They are read from the caller's arrays until `act_request`; from then on from the bytes that it returned, so that
     the caller may overwrite the arrays.
     """
 
-    def __init__(self, sensors: Iterable[tuple[int, list[Buffer]]]) -> None:
-        self._observation: list[Buffer] = []
-        for number, buffers in sensors:
-            self._observation += _field(number, buffers)
-        self._size = _size(self._observation)
+    def __init__(self, sensors: list[Buffer]) -> None:
+        self._observation = sensors
+        self._size = _size(sensors)
         self._request: bytes | None = None
 
     def condition_request(self, head: wire.ConditionRequest) -> bytes:
         """`head` with this frame's static image."""
         return b"".join(
-            [head.SerializeToString(), *_field(wire.ConditionRequest.RGB_STATIC_FIELD_NUMBER, self._rgb_static())]
+            [head.SerializeToString(), *field(wire.ConditionRequest.RGB_STATIC_FIELD_NUMBER, self._rgb_static())]
         )
 
     def act_request(self, head: wire.ActRequest, previous: Frame | None = None) -> bytes:
         """`head` with this frame's observation, and `previous`'s static image where it is given."""
         parts: list[Buffer] = [head.SerializeToString()]
         if previous is not None:
-            parts += _field(wire.ActRequest.PREVIOUS_RGB_STATIC_FIELD_NUMBER, previous._rgb_static())
+            parts += field(wire.ActRequest.PREVIOUS_RGB_STATIC_FIELD_NUMBER, previous._rgb_static())
         self._request = b"".join([*parts, *self.pieces()])
         return self._request
 
@@ -76,7 +74,7 @@ class Frame:
         return memoryview(self._request)[-self._size :]
 
 
-def _field(number: int, value: list[Buffer]) -> list[Buffer]:
+def field(number: int, value: list[Buffer]) -> list[Buffer]:
     """A length-delimited field: its key and length in one buffer, then the buffers of its value."""
     return [_key(number, _size(value)), *value]
 

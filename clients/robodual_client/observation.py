@@ -17,36 +17,66 @@ import numpy.typing as npt
 
 from robodual_client import wire
 from robodual_client.errors import InvalidObservation, ServiceMismatch
-from robodual_client.frame import Buffer, Frame, image_buffers, tensor_buffers
+from robodual_client.frame import Buffer, Frame, field, image_buffers, tensor_buffers
 from robodual_client.tensors import IMAGE_SIDES
 
 TACTILE_SHAPE = (160, 120, 6)
 # No indoor camera sees further; millimetres and centimetres show as more.
 FARTHEST = 100.0
-# Floats from 0 on are in the order of their bits, and all others' bits are above: one look at the bits checks them all.
-_FARTHEST_BITS = np.float32(FARTHEST).view(np.uint32)
+# Arrays whose memory is sent as it stands; proprioception, of doubles, never is.
+_AS_THEY_ARE = (np.dtype("u1"), np.dtype("<f4"))
 # No arm reaches further; millimetres show as more.
 FARTHEST_TCP = 10.0
 
 
-def encode(obs: Mapping[str, Any], sensors: Sequence[str]) -> Frame:
-    """The `sensors` (names as in InfoResponse) of a CALVIN observation, each checked and none copied.
+class Encoder:
+    """Serialises an episode's observations.
 
-    Raises:
-        InvalidObservation: a sensor is missing or of the wrong type, shape or range; the message names it.
-        ServiceMismatch: the model reads a sensor that this client does not know.
+    Each sensor's first array is checked in full. Later ones that are laid out like it (type, shape, memory order) go as
+    they are: what else may be wrong with a camera, its unit say, shows in the first, and values that are out of bounds
+    are refused by the service as well.
     """
-    if not isinstance(obs, Mapping):
-        raise InvalidObservation(f"the observation must be CALVIN's dict, got {type(obs).__name__}")
-    wanted = _wanted(tuple(sensors))
-    values = [sensor.find(obs) for sensor in wanted]
-    missing = [sensor.spelled for sensor, value in zip(wanted, values) if value is None]
-    if missing:
-        raise InvalidObservation(
-            f"the observation lacks {', '.join(missing)}: the model reads {', '.join(sensors)}; "
-            "add the camera, or serve a checkpoint without it"
-        )
-    return Frame([(sensor.number, sensor.buffers(value)) for sensor, value in zip(wanted, values)])
+
+    def __init__(self, sensors: Sequence[str]) -> None:
+        """`sensors` in the order of GetInfo. Raises ServiceMismatch for one that this client does not know."""
+        self._wanted = _wanted(tuple(sensors))
+        self._names = ", ".join(sensors)
+        self._known: dict[int, tuple[tuple[int, ...], np.dtype[Any], list[Buffer]]] = {}
+
+    def encode(self, obs: Mapping[str, Any]) -> Frame:
+        """Reads rgb_static and the wanted sensors; others are ignored, whatever they hold.
+
+        Raises:
+            InvalidObservation: naming the key in `obs`, what was expected and what was got.
+        """
+        if not isinstance(obs, Mapping):
+            raise InvalidObservation(f"the observation must be CALVIN's dict, got {type(obs).__name__}")
+        values = [sensor.find(obs) for sensor in self._wanted]
+        missing = [sensor.spelled for sensor, value in zip(self._wanted, values) if value is None]
+        if missing:
+            raise InvalidObservation(
+                f"the observation lacks {', '.join(missing)}: the model reads {self._names}; "
+                "add the camera, or serve a checkpoint without it"
+            )
+        buffers: list[Buffer] = []
+        for sensor, value in zip(self._wanted, values):
+            known = self._known.get(sensor.number)
+            if known is not None and type(value) is np.ndarray and value.flags.c_contiguous:
+                shape, dtype, before = known
+                if value.shape == shape and value.dtype == dtype:
+                    buffers += before
+                    buffers.append(value.data.cast("B"))
+                    continue
+            serialised = sensor.buffers(value)
+            if value.dtype in _AS_THEY_ARE:
+                self._known[sensor.number] = value.shape, value.dtype, serialised[:-1]
+            buffers += serialised
+        return Frame(buffers)
+
+
+def encode(obs: Mapping[str, Any], sensors: Sequence[str]) -> Frame:
+    """One observation, checked in full; see `Encoder`."""
+    return Encoder(sensors).encode(obs)
 
 
 def _image(array: npt.NDArray[Any], name: str) -> list[Buffer]:
@@ -78,12 +108,6 @@ def _depth(array: npt.NDArray[Any], name: str) -> list[Buffer]:
             f"got {list(array.shape)}"
         )
     metres = np.ascontiguousarray(array, np.float32)
-    if metres.view(np.uint32).max() > _FARTHEST_BITS:
-        _check_range(metres, name)
-    return tensor_buffers(metres)
-
-
-def _check_range(metres: npt.NDArray[np.float32], name: str) -> None:
     least, greatest = float(metres.min()), float(metres.max())  # NaN anywhere makes both NaN
     if math.isnan(least) or math.isinf(greatest):
         raise InvalidObservation(f"{name}: has values that are not finite; fill pixels without depth, with 0 say")
@@ -91,6 +115,7 @@ def _check_range(metres: npt.NDArray[np.float32], name: str) -> None:
         raise InvalidObservation(
             f"{name}: must be metres from 0 to {FARTHEST:g}, got {least:g} to {greatest:g}: is it in millimetres?"
         )
+    return tensor_buffers(metres)
 
 
 def _tactile(array: npt.NDArray[Any], name: str) -> list[Buffer]:
@@ -135,8 +160,8 @@ class _Sensor:
         return value
 
     def buffers(self, value: Any) -> list[Buffer]:
-        """The value, checked and serialised."""
-        return self._check(_array(value, self.spelled), self.spelled)
+        """The value, checked and serialised as a field of wire.Observation; its memory is the last buffer."""
+        return field(self.number, self._check(_array(value, self.spelled), self.spelled))
 
 
 _SENSORS = {

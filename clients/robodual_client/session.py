@@ -68,6 +68,8 @@ class Session:
         self._start_episode("")
 
     def _start_episode(self, instruction: str) -> None:
+        assert self._specialist_info is not None
+        self._encoder = observation.Encoder(self._specialist_info.sensors)
         self._instruction = instruction
         self.step_number = 0
         self._first_unseen = 0  # the step after the last one that was answered
@@ -147,7 +149,7 @@ class Session:
     def _step(self, obs: Mapping[str, Any]) -> Plan[npt.NDArray[np.float64]]:
         if not self._ready or self._specialist_info is None:
             raise RuntimeError("step: no episode has been started; call reset(instruction) first")
-        frame = observation.encode(obs, self._specialist_info.sensors)
+        frame = self._encoder.encode(obs)
         step = self.step_number
         if self._thinking is not None:
             self._thinking.raise_error()

@@ -7,6 +7,7 @@ bfloat16, which NumPy lacks, stands as its uint16 bits: `encode` of a uint16 arr
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, Sequence, Union
 
 import numpy as np
@@ -47,11 +48,11 @@ def decode(tensor: wire.Tensor, *, field: str, dtype: npt.DTypeLike, shape: Sequ
     names `field`, if dtype, shape or the number of bytes differ; nothing is allocated for a shape that the bytes do
     not fill.
     """
-    expected = np.dtype(dtype).newbyteorder("<")
-    if expected not in _WIRE:
+    expected, number = _expected(dtype)
+    if expected is None:
         raise ValueError(f"{field}: no tensor is of {np.dtype(dtype)}")
-    if tensor.dtype != _WIRE[expected]:
-        raise ValueError(f"{field}: dtype must be {_dtype_name(_WIRE[expected])}, got {_dtype_name(tensor.dtype)}")
+    if tensor.dtype != number:
+        raise ValueError(f"{field}: dtype must be {_dtype_name(number)}, got {_dtype_name(tensor.dtype)}")
     sizes = tuple(tensor.shape)
     if len(sizes) != len(shape):
         raise ValueError(f"{field}: must have {len(shape)} dimensions, {_spell(shape)}, got {len(sizes)}")
@@ -65,6 +66,13 @@ def decode(tensor: wire.Tensor, *, field: str, dtype: npt.DTypeLike, shape: Sequ
         return np.ndarray(sizes, expected, data)
     except ValueError as error:  # [0, 4e9, 4e9] is empty, yet no array can have that shape
         raise ValueError(f"{field}: {error}") from error
+
+
+@lru_cache(maxsize=32)
+def _expected(dtype: npt.DTypeLike) -> tuple[np.dtype[Any] | None, int]:
+    """What NumPy calls `dtype` on the wire, if it can travel, and its number there."""
+    little_endian = np.dtype(dtype).newbyteorder("<")
+    return (little_endian, _WIRE[little_endian]) if little_endian in _WIRE else (None, 0)
 
 
 def encode_image(array: npt.NDArray[Any]) -> wire.Image:

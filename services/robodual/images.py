@@ -10,14 +10,17 @@ from PIL import Image
 
 Strategy = Literal["resize-naive", "letterbox", "resize-crop"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-LETTERBOX_GREY = int(0.5 * 255)
+GREY = (0.5, 0.5, 0.5)
 
 
-def square(frame: npt.NDArray[np.uint8], size: int, strategy: Strategy) -> npt.NDArray[np.uint8]:
+def square(
+    frame: npt.NDArray[np.uint8], size: int, strategy: Strategy, padding: tuple[float, float, float] = GREY
+) -> npt.NDArray[np.uint8]:
     """A frame [H, W, 3] as [size, size, 3], by Pillow's bicubic on uint8 (OpenVLA, processing_prismatic.py).
 
-    resize-naive stretches; letterbox pads the shorter side with grey, then goes on as resize-crop does: the shorter
-    edge becomes `size` and the centre is cut out.
+    resize-naive stretches; letterbox pads the shorter side alike on both ends (so up to one pixel short of a square)
+    with the colour `padding`, 0 to 1, then goes on as resize-crop does: the shorter edge becomes `size` and the centre
+    is cut out.
     """
     image = Image.fromarray(frame)
     if strategy == "resize-naive":
@@ -25,7 +28,8 @@ def square(frame: npt.NDArray[np.uint8], size: int, strategy: Strategy) -> npt.N
     if strategy == "letterbox":
         longest = max(image.size)
         side, top = (longest - image.width) // 2, (longest - image.height) // 2
-        padded = Image.new("RGB", (image.width + 2 * side, image.height + 2 * top), (LETTERBOX_GREY,) * 3)
+        red, green, blue = (int(channel * 255) for channel in padding)
+        padded = Image.new("RGB", (image.width + 2 * side, image.height + 2 * top), (red, green, blue))
         padded.paste(image, (side, top))
         image = padded
     short, long = sorted(image.size)

@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running import wait_for_lines
 
 from robodual_client.calvin import Options
 from robodual_client.calvin.annotations import load
@@ -220,3 +222,16 @@ def test_every_flag_of_an_evaluation_is_on_its_page(capsys: pytest.CaptureFixtur
         flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
         assert {flag for flag in flags if flag not in page} == set(), command
         assert command in page
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_it_says_what_is_kept_and_how_to_go_on(tmp_path: Path, sent: signal.Signals) -> None:
+    command = [sys.executable, "-m", "robodual_client.cli", "evaluate", *FAKE, "--realtime", "100"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+    wait_for_lines(tmp_path / "run" / "sequences.jsonl", 2)
+    process.send_signal(sent)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert re.search(rf"stopped; \d+ sequences are kept in {tmp_path / 'run'}: go on with --resume", stderr)
+    assert "Traceback" not in stderr

@@ -7,7 +7,7 @@ import pytest
 
 from robodual_client import tensors, wire
 from robodual_client.errors import InvalidObservation, ServiceMismatch
-from robodual_client.observation import _SENSORS, encode
+from robodual_client.observation import _SENSORS, Encoder, encode
 
 SENSORS = ("rgb_static", "rgb_gripper", "depth_static", "depth_gripper", "proprio")
 
@@ -127,6 +127,42 @@ def test_unusable_sensor_is_refused_with_its_name_and_advice(obs, path, value, e
     assert str(raised.value).startswith('obs["')
     assert f'"{path}"' in str(raised.value)
     assert expected in str(raised.value)
+
+
+def test_later_frames_of_an_episode_make_the_same_requests(obs):
+    encoder = Encoder(SENSORS)
+    head = wire.ActRequest(session_id="s", episode=1)
+    random = np.random.default_rng(0)
+    for step in range(4):
+        for array in (*obs["rgb_obs"].values(), *obs["depth_obs"].values(), obs["robot_obs"]):
+            array[...] = random.random(array.shape) * (200 if array.dtype == np.uint8 else 0.9)
+        if step == 2:  # another layout is taken in as well
+            obs["rgb_obs"]["rgb_static"] = np.full((96, 96, 3), 7, np.uint8)
+            obs["depth_obs"]["depth_static"] = obs["depth_obs"]["depth_static"].astype(np.float64)
+        if step == 3:
+            obs["rgb_obs"]["rgb_gripper"] = obs["rgb_obs"]["rgb_gripper"][:, ::-1]
+        head.step = step
+        assert encoder.encode(obs).act_request(head) == encode(obs, SENSORS).act_request(head)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("rgb_static", np.zeros((200, 200, 4), np.uint8)),
+        ("rgb_static", np.zeros((200, 200, 3))),
+        ("depth_static", np.full((200, 200), 4000, np.uint16)),
+        ("depth_gripper", np.full((96, 96), 4000, np.float32)),
+        ("depth_static", None),
+        ("robot_obs", np.array([300.0, *[0.0] * 14])),
+    ],
+)
+def test_what_changes_within_an_episode_is_checked_like_the_first_frame(obs, path, value):
+    encoder = Encoder(SENSORS)
+    encoder.encode(obs)
+    group = {"rgb": "rgb_obs", "dep": "depth_obs"}.get(path[:3])
+    (obs[group] if group else obs)[path] = value
+    with pytest.raises(InvalidObservation, match=path):
+        encoder.encode(obs)
 
 
 def test_missing_sensors_are_named_together(obs):

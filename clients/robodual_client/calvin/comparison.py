@@ -84,6 +84,8 @@ def compare(a: Results, b: Results) -> Comparison:
 def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     def shown(name: str, protocol: Mapping[str, Any]) -> str:
         value = protocol.get(name)
+        if isinstance(value, Mapping) and name != "pace":
+            return " ".join(f"{key}={value[key]}" for key in sorted(value)) or "none"
         return describe(value) if name == "pace" else "none" if value is None else str(value)
 
     return [(name, shown(name, a), shown(name, b)) for name in {**a, **b} if a.get(name) != b.get(name)]

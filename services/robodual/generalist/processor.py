@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from robodual.generalist.config import ImageConfig, TokenConfig
 from robodual.generalist.tokenizer import prompt_text
+from robodual.images import square
 
 
 class ImageProcessor:
@@ -25,32 +25,11 @@ class ImageProcessor:
 
     def __call__(self, frame: npt.NDArray[np.uint8]) -> Tensor:
         """uint8 [H, W, 3] -> float32 [6, S, S]: the square image, normalised for each tower."""
-        square = np.array(self._square(Image.fromarray(frame)))  # [S, S, 3]
-        image = torch.from_numpy(square).permute(2, 0, 1).to(torch.float32) / 255
+        config = self.config
+        # The square is padded, where it is, with the last tower's mean.
+        pixels = torch.from_numpy(square(frame, config.size, config.strategy, config.means[-1]))  # [S, S, 3]
+        image = pixels.permute(2, 0, 1).to(torch.float32) / 255
         return image.repeat(2, 1, 1).sub_(self._means).div_(self._deviations)
-
-    def _square(self, image: Image.Image) -> Image.Image:
-        size = self.config.size
-        if self.config.strategy == "resize-naive":
-            return image.resize((size, size), Image.Resampling.BICUBIC)
-        if self.config.strategy == "letterbox":
-            image = _letterbox(image, self.config.means[-1])
-        short, long = sorted(image.size)
-        scaled = int(size * long / short)
-        width, height = (size, scaled) if image.width == short else (scaled, size)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        return resized.crop((left, top, left + size, top + size))
-
-
-def _letterbox(image: Image.Image, mean: tuple[float, float, float]) -> Image.Image:
-    """Pads the shorter side alike on both ends, so up to one pixel short of a square, with the last tower's mean."""
-    longest = max(image.size)
-    horizontal, vertical = (longest - image.width) // 2, (longest - image.height) // 2
-    red, green, blue = (int(channel * 255) for channel in mean)
-    padded = Image.new("RGB", (image.width + 2 * horizontal, image.height + 2 * vertical), (red, green, blue))
-    padded.paste(image, (horizontal, vertical))
-    return padded
 
 
 class Processor:

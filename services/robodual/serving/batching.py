@@ -50,7 +50,7 @@ class _Ticket(Generic[Item, Answer]):
 
 
 class Batcher(Generic[Item, Answer]):
-    """Runs `work` on batches in one thread of its own, which also loads the model and runs whatever else needs it.
+    """Runs `work` on batches in one thread of its own, which also runs whatever else needs the model.
 
     A batch is what is waiting when the thread is free: at most `max_batch` items, a session's second only after every
     other session's first. There is no wait for a batch to fill. Items whose caller was cancelled or whose deadline has

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -205,6 +206,9 @@ def run(settings: Settings, service: AbstractAsyncContextManager[Server]) -> Non
             told = asyncio.Event()
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, told.set)
+            # What the start has made stays: a collection that walked through it would hold a step up for 0.1 s.
+            gc.collect()
+            gc.freeze()
             logger.info("ready", host=settings.host, port=server.port, http_port=server.http_port)
             await told.wait()
             logger.info("draining")

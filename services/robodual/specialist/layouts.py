@@ -28,11 +28,11 @@ class Layout:
         """Of the request that `frame` came in, if a robodual_client wrote it; `sensors` in the order of GetInfo."""
         numbers = wire.Observation.DESCRIPTOR.fields_by_name
         arrays = {name: getattr(frame, name) for name in ("rgb_static", *sensors)}
-        serialised = client.Frame(
-            (numbers[name].number, client.image_buffers(array) if name in _COLOUR else client.tensor_buffers(array))
-            for name, array in arrays.items()
-        )
-        pieces, named = serialised.pieces(), iter(arrays.items())
+        fields: list[client.Buffer] = []
+        for name, array in arrays.items():
+            buffers = client.image_buffers(array) if name in _COLOUR else client.tensor_buffers(array)
+            fields += client.field(numbers[name].number, buffers)
+        pieces, named = client.Frame(fields).pieces(), iter(arrays.items())
         self._size = sum(map(len, pieces))
         self._fixed: list[tuple[int, bytes]] = []  # each with its place, from the end
         self._arrays: list[tuple[str, int, tuple[int, ...], np.dtype[Any]]] = []

@@ -17,8 +17,9 @@ from robodual_client import tensors, wire
 
 SIDES = range(8, 1025)
 LIMIT = 1e4  # of any value, in metres or radians: far from any robot, and from overflow in 16 bits
+FARTHEST = 100.0  # metres; no indoor camera sees further
 # Floats from 0 on are in the order of their bits, and others' bits are above: one look at its bits passes a depth map.
-_LIMIT_BITS = np.float32(LIMIT).view(np.uint32)
+_FARTHEST_BITS = np.float32(FARTHEST).view(np.uint32)
 TACTILE = (160, 120, 6)
 STEPS = range(1, 9)
 WINDOWS: dict[int, Window] = {
@@ -107,10 +108,16 @@ def _tensor(message: Any, name: str, parent: str, dtype: DTypeLike, shape: Seque
 
 
 def check_range(values: NDArray[Any], field: str) -> None:
-    """Raises `InvalidArgument` unless all values, if they are floats, are within the limit. Copies nothing."""
-    if values.dtype != np.float32 or values.view(np.uint32).max() <= _LIMIT_BITS:
+    """Raises `InvalidArgument` for floats that are not finite, or out of bounds: depth has its own. Copies nothing."""
+    if values.dtype != np.float32:
         return
+    depth = field.startswith("observation.depth")
+    if depth and values.view(np.uint32).max() <= _FARTHEST_BITS:
+        return
+    least, greatest = (0.0, FARTHEST) if depth else (-LIMIT, LIMIT)
     # NaN compares false, so it is refused too.
-    if not (values.min() >= -LIMIT and values.max() <= LIMIT):
-        problem = f"values within ±{LIMIT:g}" if np.isfinite(values).all() else "finite values only"
-        raise InvalidArgument(f"{field}: expected {problem}")
+    if not (values.min() >= least and values.max() <= greatest):
+        if not np.isfinite(values).all():
+            raise InvalidArgument(f"{field}: expected finite values only")
+        unit = f"metres from {least:g} to {greatest:g}" if depth else f"values within ±{LIMIT:g}"
+        raise InvalidArgument(f"{field}: expected {unit}, got {values.min():g} to {values.max():g}")
