@@ -65,11 +65,10 @@ class Session:
         self._opened: set[str] = set()  # specialists that hold, or held, a session of ours: for close
         self._contacted = False
         self._ready = False
+        self._encoder: observation.Encoder | None = None
         self._start_episode("")
 
     def _start_episode(self, instruction: str) -> None:
-        assert self._specialist_info is not None
-        self._encoder = observation.Encoder(self._specialist_info.sensors)
         self._instruction = instruction
         self.step_number = 0
         self._first_unseen = 0  # the step after the last one that was answered
@@ -121,6 +120,7 @@ class Session:
             yield from self._specialists.refresh()
         self.episode = following
         self._start_episode(instruction)
+        self._encoder = observation.Encoder(self._specialist_info.sensors)
         attempts = Attempts(self._specialists, self._timeouts.budget)
         while not self._reset_at:
             try:
@@ -147,7 +147,7 @@ class Session:
         return action
 
     def _step(self, obs: Mapping[str, Any]) -> Plan[npt.NDArray[np.float64]]:
-        if not self._ready or self._specialist_info is None:
+        if not self._ready or self._encoder is None:
             raise RuntimeError("step: no episode has been started; call reset(instruction) first")
         frame = self._encoder.encode(obs)
         step = self.step_number
