@@ -39,7 +39,9 @@ PACKAGES = ("torch", "transformers", "robodual")
 PRODUCTS = ((512, 1024, 1024), (512, 1024, 4096), (512, 4096, 1024), (2048, 2048, 2048))  # rows, in, out
 GPU_PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192))
 MEGABYTES = {"cpu": 512, "cuda": 4096}  # to read, for the bandwidth
+# What PyTorch has no formula for.
 PACKED = torch.ops.mkldnn._linear_pointwise
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class Counter(TorchDispatchMode):
@@ -52,10 +54,18 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, arguments: tuple[Any, ...] = (), named: Mapping[str, Any] | None = None
     ) -> Any:
-        result = operation(*arguments, **(named or {}))
         packet = operation._overloadpacket
+        if packet not in (PACKED, ATTENTION) and packet not in flop_registry:
+            with self:  # an operator made of others, which inference mode does not take apart by itself
+                result = operation.decompose(*arguments, **(named or {}))
+            if result is not NotImplemented:
+                return result
+        result = operation(*arguments, **(named or {}))
         if packet is PACKED:
             self.flops += 2 * arguments[0].numel() * result.shape[-1]
+        elif packet is ATTENTION:
+            query, key = arguments[:2]  # [B, heads, N, C] each
+            self.flops += 4 * query.numel() * key.shape[-2]
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*arguments, **(named or {}), out_val=result)
         else:

@@ -54,7 +54,7 @@ def steps(engine: SpecialistEngine, context_length: int) -> tuple[Callable[[], t
 
     def plain() -> torch.Tensor:
         observation = preparation.observation(now, before.rgb_static)
-        start = torch.from_numpy(request.noise)[None].to(preparation.device)
+        start = preparation.vectors([request.noise], torch.float32)
         return engine.policy.sample(observation, *on_device, start)[0].cpu()
 
     return plain, request
