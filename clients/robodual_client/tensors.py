@@ -48,7 +48,7 @@ def decode(tensor: wire.Tensor, *, field: str, dtype: npt.DTypeLike, shape: Sequ
     names `field`, if dtype, shape or the number of bytes differ; nothing is allocated for a shape that the bytes do
     not fill.
     """
-    expected, number = _expected(dtype)
+    expected, number = _expected(np.dtype(dtype))
     if expected is None:
         raise ValueError(f"{field}: no tensor is of {np.dtype(dtype)}")
     if tensor.dtype != number:
@@ -69,9 +69,9 @@ def decode(tensor: wire.Tensor, *, field: str, dtype: npt.DTypeLike, shape: Sequ
 
 
 @lru_cache(maxsize=32)
-def _expected(dtype: npt.DTypeLike) -> tuple[np.dtype[Any] | None, int]:
+def _expected(dtype: np.dtype[Any]) -> tuple[np.dtype[Any] | None, int]:
     """What NumPy calls `dtype` on the wire, if it can travel, and its number there."""
-    little_endian = np.dtype(dtype).newbyteorder("<")
+    little_endian = dtype.newbyteorder("<")
     return (little_endian, _WIRE[little_endian]) if little_endian in _WIRE else (None, 0)
 
 
