@@ -15,18 +15,29 @@ from robodual.generalist import service as generalist_service
 from robodual.generalist.checkpoint import save_checkpoint
 from robodual.generalist.engine import load_generalist
 from robodual.profiles import shipped
+from robodual.specialist import engines
 from robodual.specialist import service as specialist_service
 from robodual.specialist.engine import load_specialist
 
 SERVICES = {"generalist": generalist_service, "specialist": specialist_service}
+# Where each service's engines are loaded, and by which function of its settings.
+LOADING = {
+    "generalist": (generalist_service, generalist_service._load),
+    "specialist": (engines, engines.load),
+}
+
+
+def load_by(function: Any, service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the command load its engines by `function`, and do no more."""
+    module, load = LOADING[service]
+    monkeypatch.setattr(module, f"load_{service}", function)
+    monkeypatch.setattr(SERVICES[service], "run", load)
 
 
 def given(service: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the service's loader is called with."""
     seen: dict[str, Any] = {}
-    module = SERVICES[service]
-    monkeypatch.setattr(module, f"load_{service}", lambda profile, **options: seen.update(profile=profile, **options))
-    monkeypatch.setattr(module, "run", module._load)
+    load_by(lambda profile, **options: seen.update(profile=profile, **options), service, monkeypatch)
     result = CliRunner().invoke(app, ["serve", service, *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return seen
@@ -69,9 +80,7 @@ def test_generalist_variables_hold_where_no_flag_is_given(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("service", ["generalist", "specialist"])
 def test_one_engine_is_loaded_for_each_device(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     places: list[str] = []
-    module = SERVICES[service]
-    monkeypatch.setattr(module, f"load_{service}", lambda profile, **options: places.append(options["device"]))
-    monkeypatch.setattr(module, "run", module._load)
+    load_by(lambda profile, **options: places.append(options["device"]), service, monkeypatch)
     result = CliRunner().invoke(app, ["serve", service, "--devices", "cuda:0,cuda:2"], catch_exceptions=False)
     assert (result.exit_code, places) == (0, ["cuda:0", "cuda:2"])
     result = CliRunner().invoke(app, ["serve", service, "--devices", "cpu,cpu", "--device", "cpu"])
