@@ -5,9 +5,10 @@
 
 Loads the profile with random weights (or a checkpoint) once for each pair of quantisation and attention, and times
 whole conditionings: frame and instruction in, reference chunk and hidden states out. The plain way, one token a
-forward, the engine, and the engine with a draft that is right (the best case) take turns. Decoding is constrained, so
-that random weights take as many forwards as trained ones, whose free decoding keeps to the layout by itself. What the
-machine cannot do is listed with the reason. With --identity it checks the tokens instead (identity.py).
+forward on a dynamic cache, the engine, and the engine with a draft that is right (the best case) take turns. Decoding
+is constrained, so that random weights take as many forwards as trained ones, whose free decoding keeps to the layout by
+itself. What the machine cannot do is listed with the reason. With --identity it checks the tokens instead
+(identity.py).
 """
 
 from __future__ import annotations
