@@ -121,23 +121,41 @@ def test_without_memory_for_a_static_cache_decoding_takes_a_dynamic_one(
     assert len(asked) == 1
 
 
+def capturing(engine: GeneralistEngine) -> GeneralistEngine:
+    stepper = Stepper(engine.model, captures=True)
+    return GeneralistEngine(engine.model, engine.processor, engine.facts, constrained=True, stepper=stepper)
+
+
 def test_a_service_that_has_warmed_up_captures_nothing_more_for_usual_prompts(
     engine: GeneralistEngine, cuda: Cuda
 ) -> None:
-    own = GeneralistEngine(
-        engine.model,
-        engine.processor,
-        engine.facts,
-        constrained=True,
-        stepper=Stepper(engine.model, captures=True),
-    )
+    own = capturing(engine)
     service._warm_up(own, 3)
     captures = cuda.captures
     assert captures == 6, "each size of a batch, of one and of two tokens"
-    frame = np.full((200, 200, 3), 7, np.uint8)
     for count in (1, 2, 3):
-        for mine, other in zip(
-            own.think([frame] * count, ["lift"] * count), engine.think([frame] * count, ["lift"] * count)
-        ):
+        given = [np.full((200, 200, 3), 7, np.uint8)] * count, ["lift"] * count
+        for mine, other in zip(own.think(*given), engine.think(*given), strict=True):
             np.testing.assert_array_equal(mine.reference_actions, other.reference_actions)
     assert cuda.captures == captures
+
+
+def test_a_batch_without_memory_does_not_keep_a_service_from_starting(
+    engine: GeneralistEngine, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, most = capturing(engine), 2
+    think = own.think
+
+    def tight(frames: Sequence[Any], *arguments: Any) -> Any:
+        if len(frames) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return think(frames, *arguments)
+
+    monkeypatch.setattr(own, "think", tight)
+    with capture_logs() as logs:
+        service._warm_up(own, 3)
+    assert [(entry["log_level"], entry["size"]) for entry in logs] == [("warning", 3)]
+    assert cuda.captures == 4, "of batches of two and of one"
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        service._warm_up(own, 3)

@@ -156,13 +156,18 @@ def _think(model: GeneralistEngine, glances: Sequence[Glance]) -> list[Thought]:
 
 
 def _warm_up(model: GeneralistEngine, max_batch: int) -> None:
-    """One answer; of a model that captures its steps, batches of all sizes, the largest first, which needs most memory.
+    """One answer; of a model that captures its steps, batches of all sizes, the largest first, whose memory they share.
 
     The length of the prompt is that of most: a longer one is captured when it comes (stepping.py, `SLOTS`).
     """
     glance = Glance(np.zeros((200, 200, 3), np.uint8), "warm up")
     for size in range(max_batch if model.captures else 1, 0, -1):
-        _think(model, [glance] * size)
+        try:
+            _think(model, [glance] * size)
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise
+            logger.warning("no memory for a batch of this size: it will run one by one", size=size, reason=str(error))
 
 
 def _load(settings: GeneralistSettings) -> tuple[GeneralistEngine, ...]:

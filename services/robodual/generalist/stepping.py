@@ -28,7 +28,7 @@ from robodual.generalist.tokens import GENERATED
 
 logger = structlog.get_logger(__name__)
 
-MOST = 64  # graphs kept; a shape beyond them runs without
+MOST = 128  # graphs kept: two for each size of a batch and length of a cache; a shape beyond them runs without
 SLOTS = 64  # a cache is as long as a multiple of it, so that prompts of similar lengths share their graphs
 LAST = GENERATED - 1  # the end token is never fed: what lies beyond the chunk is put in its place, where nobody reads
 
