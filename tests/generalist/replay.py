@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -50,8 +51,9 @@ class Cuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.captures = 0
-        self.pools = 0
+        self.pools: list[WeakSet[Graph]] = []
         self.capturable = True
+        self._used: set[int] = set()
         self.graphs = type("CUDAGraph", (Graph,), {})  # counts its own replays
         fakes = {
             "Stream": lambda device: Stream(),
@@ -66,13 +68,16 @@ class Cuda:
             monkeypatch.setattr(torch.cuda, name, fake)
 
     def _pool(self) -> int:
-        self.pools += 1
-        return self.pools
+        self.pools.append(WeakSet())
+        return len(self.pools) - 1
 
     @contextmanager
     def _graph(self, graph: Graph, *, pool: int, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        assert pool == self.pools, "memory of graphs that were dropped"
+        # As torch's allocator: memory that graphs have used, and whose graphs are gone, is not to be asked for.
+        assert self.pools[pool] or pool not in self._used, "memory of graphs that were dropped"
         self.captures += 1
+        self._used.add(pool)
+        self.pools[pool].add(graph)
         with graph.recording:
             yield
         if not self.capturable:

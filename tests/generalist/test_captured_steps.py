@@ -98,6 +98,7 @@ def test_a_larger_batch_moves_the_cache_and_its_graphs_are_captured_again(engine
     for count, captures in ((2, 2), (1, 4), (3, 6), (2, 8), (1, 10), (3, 10)):
         assert agrees(engine, stepper, [SHORT] * count, seed=count)
         assert cuda.captures == captures
+        assert len({state.keys.untyped_storage().data_ptr() for state in stepper._states.values()}) == 1
 
 
 def test_without_memory_for_a_static_cache_decoding_takes_a_dynamic_one(
