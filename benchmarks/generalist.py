@@ -5,9 +5,10 @@
 
 Loads the profile with random weights (or a checkpoint) once for each pair of quantisation and attention, and times
 whole conditionings: frame and instruction in, reference chunk and hidden states out. The plain way, one token a
-forward, the engine, and the engine with a draft that is right (the best case) take turns. Decoding is constrained, so
-that random weights take as many forwards as trained ones, whose free decoding keeps to the layout by itself. What the
-machine cannot do is listed with the reason. With --identity it checks the tokens instead (identity.py).
+forward on a dynamic cache, the engine on such a cache, the engine, and the engine with a draft that is right (the best
+case) take turns. Decoding is constrained, so that random weights take as many forwards as trained ones, whose free
+decoding keeps to the layout by itself. What the machine cannot do is listed with the reason. With --identity it checks
+the tokens instead (identity.py).
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ GB = 1 << 30
 class Row:
     """One way to run the model: memory in bytes, times in milliseconds, forwards through the Llama of one conditioning.
 
-    `ratio` is the plain way's time by this one's; `drafted` the median with a draft that is right. `peak_bytes` is the
-    device's allocated memory at most while conditioning, on CUDA; `reason` says why a row is empty.
+    `ratio` is the plain way's time by this one's; `dynamic` the median on a dynamic cache, `drafted` that with a draft
+    that is right. `peak_bytes` is the device's allocated memory at most while conditioning, on CUDA; `reason` says why
+    a row is empty.
     """
 
     quantisation: str
@@ -52,6 +54,7 @@ class Row:
     weight_bytes: int = 0
     peak_bytes: int | None = None
     plain: float = 0.0
+    dynamic: float = 0.0
     median: float = 0.0
     p99: float = 0.0
     ratio: float = 0.0
@@ -64,13 +67,13 @@ class Row:
         if self.reason:
             return [self.quantisation, self.attention, f"not measured: {self.reason}", *[""] * (len(HEADER) - 3)]
         peak = "" if self.peak_bytes is None else f"{self.peak_bytes / GB:.3f}"
-        times = [f"{value:.1f}" for value in (self.plain, self.median, self.p99)]
+        times = [f"{value:.1f}" for value in (self.plain, self.dynamic, self.median, self.p99)]
         rest = [f"{self.ratio:.2f}", str(self.forwards), f"{self.drafted:.1f}", f"{self.seconds_to_load:.1f}"]
         return [self.quantisation, self.attention, self.dtype, f"{self.weight_bytes / GB:.3f}", peak, *times, *rest]
 
 
 HEADER = (
-    *("quantisation", "attention", "dtype", "weights GB", "peak GB", "plain ms"),
+    *("quantisation", "attention", "dtype", "weights GB", "peak GB", "plain ms", "dynamic ms"),
     *("median ms", "p99 ms", "times faster", "forwards", "right draft ms", "load s"),
 )
 
@@ -96,8 +99,10 @@ def contenders(engine: GeneralistEngine, batch: int) -> dict[str, Callable[[], o
         return np.stack(actions), [hidden.to("cpu", torch.bfloat16) for hidden in decoded.hidden]
 
     drafts = list(plain()[0])
+    dynamic = GeneralistEngine(engine.model, engine.processor, engine.facts, constrained=True)
     return {
         "plain": plain,
+        "dynamic": partial(dynamic.think, frames, instructions),
         "engine": partial(engine.think, frames, instructions),
         "drafted": partial(engine.think, frames, instructions, drafts),
     }
@@ -129,7 +134,7 @@ def measured(options: argparse.Namespace, quantisation: str, attention: str, nam
         torch.cuda.reset_peak_memory_stats(engine.model.device)
         ways["engine"]()
         peak = torch.cuda.max_memory_allocated(engine.model.device)
-    plain, own, drafted = measurement.interleave(ways, options.rounds)
+    plain, dynamic, own, drafted = measurement.interleave(ways, options.rounds)
     return Row(
         quantisation,
         attention,
@@ -138,6 +143,7 @@ def measured(options: argparse.Namespace, quantisation: str, attention: str, nam
         engine.facts.weight_bytes,
         peak,
         plain.median,
+        dynamic.median,
         own.median,
         own.p99,
         own.ratio,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,36 +46,41 @@ def inputs(
 
 
 def check(engine: GeneralistEngine, count: int, seed: int = 0) -> list[Check]:
-    """Decodes `count` random frames and prompts in every way, constrained and free.
+    """Decodes `count` random frames and prompts in every way, constrained and free, with a dynamic cache and, where
+    the engine takes one, with a static.
 
-    A kind's first row is one token a forward, the plain way, of which the rest are to give the same tokens.
+    A kind's first row is one token a forward with a dynamic cache, the plain way, of which the rest are to give the
+    same tokens.
     """
     random = np.random.default_rng(seed)
     frames = [random.integers(0, 256, (200, 200, 3), dtype=np.uint8) for _ in range(count)]
     sentences = [" ".join(random.choice(WORDS, random.integers(1, 10))) for _ in range(count)]
+    caches = {"": None} if engine.stepper is None else {"": None, "static cache, ": engine.stepper}
     checks: dict[str, Check] = {}
+
+    def add(name: str, decoded: Decoded, expected: Tensor) -> None:
+        checks.setdefault(name, Check(name)).count(decoded, expected)
+
     for constrained in (True, False):
         kind = "constrained" if constrained else "free"
+        run = partial(decode, engine.model, constrained=constrained)
         rows = []
         for frame, sentence in zip(frames, sentences):
-            pixels, prompts = inputs(engine, [frame], [sentence])
-            plain = decode(engine.model, pixels, prompts, constrained=constrained, window=1)
-            rows.append(plain.tokens)
-            ways = {
-                "one token a forward": plain,
-                "separators guessed": decode(engine.model, pixels, prompts, constrained=constrained),
-            }
-            for share, draft in _drafts(engine, plain.tokens, random):
-                name = f"draft with {share:.0%} wrong" if share else "draft that is right"
-                ways[name] = decode(engine.model, pixels, prompts, constrained=constrained, drafts=draft)
-            for name, decoded in ways.items():
-                checks.setdefault(f"{kind}, {name}", Check(f"{kind}, {name}")).count(decoded, plain.tokens)
-        name = f"{kind}, batches of {BATCH}"
-        checks[name] = Check(name)
+            given = inputs(engine, [frame], [sentence])
+            tokens = run(*given, window=1).tokens
+            rows.append(tokens)
+            drafts = dict(_drafts(engine, tokens, random))
+            for cache, stepper in caches.items():
+                add(f"{kind}, {cache}one token a forward", run(*given, window=1, stepper=stepper), tokens)
+                add(f"{kind}, {cache}separators guessed", run(*given, stepper=stepper), tokens)
+                for share, draft in drafts.items():
+                    name = f"draft with {share:.0%} wrong" if share else "draft that is right"
+                    add(f"{kind}, {cache}{name}", run(*given, drafts=draft, stepper=stepper), tokens)
         for start in range(0, count, BATCH):
-            pixels, prompts = inputs(engine, frames[start : start + BATCH], sentences[start : start + BATCH])
-            decoded = decode(engine.model, pixels, prompts, constrained=constrained)
-            checks[name].count(decoded, torch.cat(rows[start : start + BATCH]))
+            given = inputs(engine, frames[start : start + BATCH], sentences[start : start + BATCH])
+            tokens = torch.cat(rows[start : start + BATCH])
+            for cache, stepper in caches.items():
+                add(f"{kind}, {cache}batches of {BATCH}", run(*given, stepper=stepper), tokens)
     return list(checks.values())
 
 

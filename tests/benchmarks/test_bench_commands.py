@@ -132,10 +132,12 @@ def test_tokens_are_the_same_in_every_way_to_decode(
     assert load("generalist").main([*arguments, "--threads", "1", "--identity", "2", "--json", str(record)]) == 0
 
     rows = {row["name"]: row for row in json.loads(record.read_text())["rows"]}
-    assert len(rows) == 14
+    assert len(rows) == 28
     assert all(row["identical"] == row["prompts"] == 2 for row in rows.values())
     forwards = {name: row["forwards"] / row["prompts"] for name, row in rows.items()}
     assert forwards["constrained, one token a forward"] == forwards["free, one token a forward"] == 64
+    for way in ("one token a forward", "separators guessed", "draft with 20% wrong", "batches of 8"):
+        assert forwards[f"constrained, static cache, {way}"] == forwards[f"constrained, {way}"]
     assert forwards["constrained, separators guessed"] == 57
     assert forwards["constrained, draft that is right"] == 2
     assert 2 < forwards["constrained, draft with 20% wrong"] < 57

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from robodual.capture import WARMUP
 from robodual.specialist import graphs
 from robodual.specialist.config import SpecialistConfig
-from robodual.specialist.graphs import WARMUP, Graphs
+from robodual.specialist.graphs import Graphs
 from robodual.specialist.policy import Policy
 from robodual.specialist.step import Inputs, Step
 

@@ -65,7 +65,7 @@ def plain(engine: SpecialistEngine, seed: int, length: int, previous: np.ndarray
         engine.preparation.observation(given.frame, previous),
         torch.from_numpy(given.reference_actions)[None],
         hidden_states(seed, length, engine.width)[None],
-        torch.from_numpy(given.noise)[None],
+        torch.tensor(given.noise)[None],
     )
     return chunk[0].numpy()
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaModel
+from transformers import DynamicCache, LlamaModel
 
+from robodual.generalist.greedy import chunk_layout, greedy
 from robodual.generalist.model import Generalist
-from robodual.generalist.tokens import ACTION, CHUNK, GENERATED
+from robodual.generalist.stepping import Stepper
+from robodual.generalist.tokens import ACTION, GENERATED
 
 # Transformers 5.24 renamed the argument.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
@@ -32,11 +34,10 @@ class _Sequence:
 
     def __init__(self, model: Generalist, embeddings: Tensor, mask: Tensor, *, padded: bool) -> None:
         self.model = model
-        self.cache: Cache = DynamicCache(config=model.language_model.config)
+        self.cache = DynamicCache(config=model.language_model.config)
         # Without padding no mask is needed, and attention takes its fastest kernel.
         self.mask = mask if padded else None
         self.position = mask.sum(dim=1, keepdim=True)  # [B, 1], of the next token
-        self.forwards = 0
         self.prefill = self._forward(embeddings, (mask.cumsum(dim=1) - 1).clamp(min=0))
 
     def append(self, tokens: Tensor) -> Tensor:
@@ -49,7 +50,6 @@ class _Sequence:
         return self._forward(self.model.language_model.get_input_embeddings()(tokens), positions)
 
     def _forward(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        self.forwards += 1
         output = self.model.language_model.model(
             inputs_embeds=embeddings,
             attention_mask=self.mask,
@@ -78,6 +78,7 @@ def decode(
     constrained: bool,
     drafts: Tensor | None = None,
     window: int = GENERATED,
+    stepper: Stepper | None = None,
 ) -> Decoded:
     """64 greedy tokens for each frame and prompt, and the hidden states that the specialist is conditioned on.
 
@@ -94,51 +95,74 @@ def decode(
     window - 1 guesses in the same forward, and keeps the part that the network then says itself: separators are
     guessed where they belong, so that they cost no forward of their own, and everything else from `drafts`, int64
     [B, 64], the tokens that the caller expects (say, the last chunk moved on).
+
+    stepper: the model's, for steps on a static cache; without, or where the device has no memory for them, the cache is
+    dynamic. Window 1 without a stepper is the plain way, whose tokens all others give.
     """
     embeddings, mask = model.embed(pixels, prompts)
     sequence = _Sequence(model, embeddings, mask, padded=len({len(prompt) for prompt in prompts}) > 1)
-    layout = _layout(model)
+    layout = chunk_layout(model.config.tokens, model.device)
     guesses = torch.where(layout < 0, drafts, layout) if drafts is not None else layout.repeat(len(prompts), 1)
-    guessed = [drafts is not None or place % (ACTION + 1) == ACTION for place in range(GENERATED)]
+    pace = _Pace(window, constrained=constrained, drafted=drafts is not None)
+    first = greedy(model, sequence.prefill[:, -1:], layout[:1], constrained)  # [B, 1]
+    static = stepper is not None and stepper.start(
+        sequence.cache, mask, first, guesses, constrained=constrained, limit=window - 1
+    )
+    if stepper is not None and static:
+        tokens, hidden = _static(stepper, pace)
+    else:
+        tokens, hidden = _dynamic(sequence, pace, first, guesses)
+    states = torch.cat([sequence.prefill, hidden], dim=1)  # [B, T + 63, D], padding in front
+    lengths = [len(prompt) + GENERATED - 1 for prompt in prompts]
+    return Decoded(tokens, [row[-length:] for row, length in zip(states, lengths)], 1 + pace.steps)
 
-    hidden = [sequence.prefill]
-    tokens = _answers(model, sequence.prefill[:, -1:], layout[:1], constrained)  # [B, sure]
-    while (sure := tokens.shape[1]) < GENERATED:
+
+class _Pace:
+    """How many guesses each step feeds, and how many steps there were."""
+
+    def __init__(self, window: int, *, constrained: bool, drafted: bool) -> None:
+        self.constrained = constrained
+        self.steps = 0
+        self._window = window
+        self._guessed = [drafted or place % (ACTION + 1) == ACTION for place in range(GENERATED)]
+
+    def ahead(self, sure: int) -> int:
+        """The guesses to feed with the last of `sure` tokens."""
+        self.steps += 1
         ahead = 0
-        while ahead < window - 1 and sure + ahead < GENERATED - 1 and guessed[sure + ahead]:
+        while ahead < self._window - 1 and sure + ahead < GENERATED - 1 and self._guessed[sure + ahead]:
             ahead += 1
+        return ahead
+
+    def certain(self, sure: int, ahead: int) -> bool:
+        """Whether the guesses are right without a look, which would wait for the device: none, or a forced token."""
+        return not ahead or (self.constrained and ahead == 1 and sure % (ACTION + 1) == ACTION)
+
+
+def _static(stepper: Stepper, pace: _Pace) -> tuple[Tensor, Tensor]:
+    """Tokens [B, 64] and hidden states [B, 63, D], after the stepper's start."""
+    sure = 1
+    while sure < GENERATED:
+        ahead = pace.ahead(sure)
+        stepper.step(ahead + 1)
+        sure = sure + ahead + 1 if pace.certain(sure, ahead) else stepper.sure()
+    return stepper.results()
+
+
+def _dynamic(sequence: _Sequence, pace: _Pace, first: Tensor, guesses: Tensor) -> tuple[Tensor, Tensor]:
+    """The same after the prefill and the first tokens [B, 1], with its cache."""
+    model, layout = sequence.model, chunk_layout(sequence.model.config.tokens, sequence.model.device)
+    hidden, tokens = [], first  # [B, sure]
+    while (sure := tokens.shape[1]) < GENERATED:
+        ahead = pace.ahead(sure)
         guess = guesses[:, sure : sure + ahead]
         states = sequence.append(torch.cat([tokens[:, -1:], guess], dim=1))
-        answers = _answers(model, states, layout[sure : sure + ahead + 1], constrained)
+        answers = greedy(model, states, layout[sure : sure + ahead + 1], pace.constrained)
         right = ahead
-        forced = constrained and ahead == 1 and sure % (ACTION + 1) == ACTION
-        if ahead and not forced:  # a forced token needs no look, which would wait for the device
+        if not pace.certain(sure, ahead):
             agree = (answers[:, :ahead] == guess).all(dim=0)
             right = int(agree.cumprod(dim=0).sum())
         sequence.drop(ahead - right)
         hidden.append(states[:, : right + 1])
         tokens = torch.cat([tokens, answers[:, : right + 1]], dim=1)
-
-    states = torch.cat(hidden, dim=1)  # [B, T + 63, D], padding in front
-    lengths = [len(prompt) + GENERATED - 1 for prompt in prompts]
-    return Decoded(tokens, [row[-length:] for row, length in zip(states, lengths)], sequence.forwards)
-
-
-def _layout(model: Generalist) -> Tensor:
-    """int64 [64]: the separators and the end where they belong, -1 in the actions' places."""
-    ids = model.config.tokens
-    places = torch.full((CHUNK, ACTION + 1), -1, device=model.device)
-    places[:, ACTION] = ids.separator
-    places[-1, ACTION] = ids.eos
-    return places.view(GENERATED)
-
-
-def _answers(model: Generalist, hidden: Tensor, layout: Tensor, constrained: bool) -> Tensor:
-    """The greedy tokens [B, N] after hidden states [B, N, D], for the N places of a chunk that `layout` describes."""
-    head = model.language_model.lm_head
-    if not constrained:
-        best: Tensor = head(hidden).argmax(dim=-1)
-        return best
-    ids = model.config.tokens
-    actions = F.linear(hidden, head.weight[ids.action_start : ids.action_end]).argmax(dim=-1) + ids.action_start
-    return torch.where(layout < 0, actions, layout)
+    return tokens, torch.cat(hidden, dim=1)

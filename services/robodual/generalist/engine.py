@@ -19,6 +19,7 @@ from robodual.generalist.decoding import decode
 from robodual.generalist.model import Generalist, build, randomise
 from robodual.generalist.processor import Processor
 from robodual.generalist.quantisation import check_quantisation, quantisable, quantise
+from robodual.generalist.stepping import Stepper, suits
 from robodual.generalist.tokens import ACTION, CHUNK, decode_actions, encode_actions
 from robodual.generalist.weights import load_weights
 from robodual.profiles import PROFILES
@@ -43,11 +44,21 @@ class Thought:
 class GeneralistEngine:
     """A model on its device. Not thread-safe: one thread calls `think`."""
 
-    def __init__(self, model: Generalist, processor: Processor, facts: EngineFacts, *, constrained: bool) -> None:
+    def __init__(
+        self,
+        model: Generalist,
+        processor: Processor,
+        facts: EngineFacts,
+        *,
+        constrained: bool,
+        stepper: Stepper | None = None,
+    ) -> None:
         self.model = model
         self.processor = processor
         self.facts = facts
         self.constrained = constrained
+        self.stepper = stepper
+        self.captures = stepper is not None and stepper.captures  # a graph for each batch size and padded length
         self.width = model.config.language.width
 
     def think(
@@ -76,7 +87,9 @@ class GeneralistEngine:
         if any(draft is not None for draft in drafts):
             rows = [encode_actions(np.zeros((CHUNK, ACTION)) if draft is None else draft, tokens) for draft in drafts]
             expected = torch.from_numpy(np.stack(rows)).to(device)
-        decoded = decode(self.model, pixels, prompts, constrained=self.constrained, drafts=expected)
+        decoded = decode(
+            self.model, pixels, prompts, constrained=self.constrained, drafts=expected, stepper=self.stepper
+        )
         thoughts = []
         for ids, hidden in zip(decoded.tokens.cpu().numpy(), decoded.hidden):
             actions, malformed = decode_actions(ids, tokens)
@@ -103,9 +116,9 @@ def load_generalist(
     the profile's. adapters: LoRA folders, merged into the checkpoint's weights in that order, or without
     merge_adapters kept beside them: a little slower, and the better way for quantised weights.
     device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N". dtype: "auto" (bfloat16 on CUDA, float32
-    elsewhere) or a name of `DTYPES`. attention: one of `ATTENTIONS`, for the Llama. quantisation: one of
-    `QUANTISATIONS`, for the Llama's layers. constrained: whether decoding keeps to the layout of 8 x 7 actions; None
-    leaves it to the profile.
+    elsewhere) or a name of `DTYPES`. attention: one of `ATTENTIONS`, for the Llama's prompt; its steps after it take
+    sdpa, but for "eager". quantisation: one of `QUANTISATIONS`, for the Llama's layers. constrained: whether
+    decoding keeps to the layout of 8 x 7 actions; None leaves it to the profile.
 
     Raises:
         CheckpointError: naming the file and the fix, for a checkpoint that cannot be used.
@@ -135,6 +148,8 @@ def load_generalist(
         load_weights(model, found.folder, place, tuple(map(read_adapter, adapters)), quantisation, merge=merge_adapters)
     processor = Processor(config.images, config.tokens, tokenizer)
     restricted = config.constrained if constrained is None else constrained
+    stepper = Stepper(model) if suits(model) else None
+    execution = "dynamic cache" if stepper is None else "CUDA graphs" if stepper.captures else "static cache"
     apart = " (kept apart)" if adapters and not merge_adapters else ""
     details = {
         "attention": chosen,
@@ -142,6 +157,7 @@ def load_generalist(
         "quantisation": quantisation,
         "adapters": ", ".join(folder.name for folder in adapters) + apart or "none",
         "image_resize_strategy": config.images.strategy,
+        "execution": execution,
         **device_memory(place),
     }
     facts = EngineFacts(
@@ -153,7 +169,7 @@ def load_generalist(
         weight_bytes=count_weight_bytes(model),
         details=details,
     )
-    return GeneralistEngine(model, processor, facts, constrained=restricted)
+    return GeneralistEngine(model, processor, facts, constrained=restricted, stepper=stepper)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

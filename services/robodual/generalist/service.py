@@ -131,7 +131,7 @@ async def serving(settings: GeneralistSettings, *engines: GeneralistEngine) -> A
             think = functools.partial(_think, model)
             batcher = Batcher(think, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
             cleanup.push_async_callback(batcher.close)
-            await batcher.call(think, [Glance(np.zeros((200, 200, 3), np.uint8), "warm up")])
+            await batcher.call(_warm_up, model, settings.max_batch)
             batchers.append(batcher)
         readiness.meet("model")
         background = Background(readiness)
@@ -153,6 +153,21 @@ def run(settings: GeneralistSettings) -> None:
 
 def _think(model: GeneralistEngine, glances: Sequence[Glance]) -> list[Thought]:
     return model.think([glance.frame for glance in glances], [glance.instruction for glance in glances])
+
+
+def _warm_up(model: GeneralistEngine, max_batch: int) -> None:
+    """One answer; of a model that captures its steps, batches of all sizes, the largest first, whose memory they share.
+
+    The length of the prompt is that of most: a longer one is captured when it comes (stepping.py, `SLOTS`).
+    """
+    glance = Glance(np.zeros((200, 200, 3), np.uint8), "warm up")
+    for size in range(max_batch if model.captures else 1, 0, -1):
+        try:
+            _think(model, [glance] * size)
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise
+            logger.warning("no memory for a batch of this size: it will run one by one", size=size, reason=str(error))
 
 
 def _load(settings: GeneralistSettings) -> tuple[GeneralistEngine, ...]:

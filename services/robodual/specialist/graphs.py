@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -11,14 +10,12 @@ import structlog
 import torch
 from torch import Tensor
 
+from robodual.capture import Recorder
 from robodual.specialist.step import Inputs
 
 logger = structlog.get_logger(__name__)
 
 MOST = 32  # graphs kept; a shape beyond them runs without
-WARMUP = 3  # runs before a capture, so that libraries have chosen and allocated
-
-_capturing = threading.Lock()  # a process captures one graph at a time: beginning one empties every device's cache
 
 
 class Graphs:
@@ -29,11 +26,8 @@ class Graphs:
 
     def __init__(self, function: Callable[[Inputs], tuple[Tensor, Tensor]], device: torch.device) -> None:
         self._function = function
-        self._device = device
-        # Of this device: torch's own capture stream belongs to the device that captured first.
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._record = Recorder(device)
         self._captured: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Inputs, tuple[Tensor, Tensor]]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
         self._works = True
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -59,16 +53,5 @@ class Graphs:
 
     def _capture(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs, tuple[Tensor, Tensor]]:
         static = replace(inputs, **{name: t.clone() for name, t in vars(inputs).items() if t is not None})
-        own = torch.cuda.current_stream(self._device)
-        # The outer stream context: a capture that fails leaves its stream behind as the current one.
-        with _capturing, torch.cuda.device(self._device), torch.cuda.stream(own):
-            self._stream.wait_stream(own)
-            with torch.cuda.stream(self._stream):
-                for _ in range(WARMUP):
-                    self._function(static)
-            own.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may use their devices meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                outputs = self._function(static)
+        graph, outputs = self._record(lambda: self._function(static))
         return graph, static, outputs

@@ -1,0 +1,33 @@
+"""The greedy token at each place of a chunk."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robodual.generalist.config import TokenConfig
+from robodual.generalist.model import Generalist
+from robodual.generalist.tokens import ACTION, CHUNK, GENERATED
+
+
+@functools.lru_cache(maxsize=16)
+def chunk_layout(ids: TokenConfig, device: torch.device) -> Tensor:
+    """int64 [64], not to be changed: the separators and the end where they belong, -1 in the actions' places."""
+    places = torch.full((CHUNK, ACTION + 1), -1, device=device)
+    places[:, ACTION] = ids.separator
+    places[-1, ACTION] = ids.eos
+    return places.view(GENERATED)
+
+
+def greedy(model: Generalist, hidden: Tensor, layout: Tensor, constrained: bool) -> Tensor:
+    """The best tokens [B, N] after hidden states [B, N, D], for the N places of a chunk that `layout` describes."""
+    head = model.language_model.lm_head
+    if not constrained:
+        best: Tensor = head(hidden).argmax(dim=-1)
+        return best
+    ids = model.config.tokens
+    actions = F.linear(hidden, head.weight[ids.action_start : ids.action_end]).argmax(dim=-1) + ids.action_start
+    return torch.where(layout < 0, actions, layout)

@@ -1,0 +1,260 @@
+"""Decoding steps on a static key-value cache: on a GPU a step is captured whole, and is then one launch.
+
+The plain way (decoding.py) makes its cache longer at every step, so that no two steps are alike, and a GPU waits for
+the launches of their kernels. Here a step reads where it is from the device and leaves there what it has found: its
+tokens, how many guesses were right, its hidden states, its keys and values. Nothing in it depends on a value, so
+what it did once is right for every place of every chunk of that shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import structlog
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+from robodual.capture import Recorder
+from robodual.generalist.greedy import chunk_layout, greedy
+from robodual.generalist.model import Generalist
+from robodual.generalist.tokens import GENERATED
+
+logger = structlog.get_logger(__name__)
+
+MOST = 128  # graphs kept: two for each size of a batch and length of a cache; a shape beyond them runs without
+SLOTS = 64  # a cache is as long as a multiple of it, so that prompts of similar lengths share their graphs
+LAST = GENERATED - 1  # the end token is never fed: what lies beyond the chunk is put in its place, where nobody reads
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a step reads and writes, for B sequences in caches of M slots; always the same memory."""
+
+    keys: Tensor  # [layers, B, key-value heads, M, head width]
+    values: Tensor  # the same
+    tokens: Tensor  # int64 [B, 65]: the sure ones, then the guesses, -1 for none; the last column is for what is beyond
+    hidden: Tensor  # [B, 64, D], of the tokens fed
+    place: Tensor  # int64 [1], the last sure token's in the chunk
+    length: Tensor  # int64 [1], slots of the prompt, padding included
+    padding: Tensor  # int64 [B, 1], slots in front that do not count
+    limit: Tensor  # int64 [1], guesses of a step that may count
+    every: Tensor  # int64 [M], the slots' numbers
+    layout: Tensor  # int64 [64] (greedy.py); here, since a graph does not keep what it reads alive
+
+
+class Stepper:
+    """Decodes by static steps with one model; one thread calls, and one batch is in it at a time.
+
+    On CUDA each shape of a step (sequences, new tokens, length of the cache) is captured when it first comes, and
+    replayed from then on: the model's modules and their memory must stay, their values may change. A captured step is
+    filled up to a power of two of new tokens, so that drafts need few shapes.
+    """
+
+    def __init__(self, model: Generalist, *, captures: bool | None = None) -> None:
+        """captures: whether steps are captured; None: on CUDA."""
+        self.captures = model.device.type == "cuda" if captures is None else captures
+        self._model = model
+        self._record = Recorder(model.device) if self.captures else None
+        self._storage = torch.empty(0, dtype=model.dtype, device=model.device)  # of keys and values, for every shape
+        self._too_large = math.inf
+        self._states: dict[tuple[int, int], _State] = {}
+        self._graphs: dict[tuple[int, int, int, bool], torch.cuda.CUDAGraph] = {}
+        # The batch that is in it.
+        self._state: _State
+        self._constrained: bool
+
+    def start(
+        self, cache: DynamicCache, mask: Tensor, first: Tensor, guesses: Tensor, *, constrained: bool, limit: int
+    ) -> bool:
+        """Takes over a batch after its prefill; False if the device has no memory for its keys and values.
+
+        cache: the prompts' keys and values. mask: bool [B, T], False where a prompt is padded, in front. first: int64
+        [B, 1], the first tokens. guesses: int64 [B, 64], of which a step takes at most `limit`, and the first and
+        last none.
+        """
+        batch, length = mask.shape
+        slots = -(-(length + GENERATED) // SLOTS) * SLOTS
+        state = self._find(batch, slots)
+        if state is None:
+            return False
+        for keys, values, layer in zip(state.keys, state.values, cast(list[DynamicLayer], cache.layers), strict=True):
+            keys[:, :, :length].copy_(layer.keys)
+            values[:, :, :length].copy_(layer.values)
+        # What is masked counts 0 times, and 0 times an old infinity is not 0.
+        state.keys[..., length:, :].zero_()
+        state.values[..., length:, :].zero_()
+        state.tokens[:, :1] = first
+        state.tokens[:, 1:LAST] = guesses[:, 1:LAST]
+        state.tokens[:, LAST:] = -1
+        state.place.zero_()
+        state.length.fill_(length)
+        state.padding.copy_(length - mask.sum(dim=1, keepdim=True))
+        state.limit.fill_(limit)
+        self._state, self._constrained = state, constrained
+        return True
+
+    def step(self, count: int) -> None:
+        """Feeds the last sure token and the count - 1 guesses after it; those that were right become sure, and one more
+        token. Does not wait for the device.
+        """
+        if self.captures:
+            count = 1 << (count - 1).bit_length()
+        batch, slots = self._state.tokens.shape[0], self._state.keys.shape[3]
+        graph = self._captured((batch, count, slots, self._constrained))
+        if graph is None:
+            _step(self._model, self._state, count, self._constrained)
+        else:
+            graph.replay()
+
+    def sure(self) -> int:
+        """How many tokens are sure by now. Waits for the device."""
+        return int(self._state.place) + 1
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [B, 64], and the hidden states [B, 63, D] of all but the last; the caller's own."""
+        return self._state.tokens[:, :GENERATED].clone(), self._state.hidden[:, :LAST].clone()
+
+    def _find(self, batch: int, slots: int) -> _State | None:
+        """The state for that shape, made when it first comes. The largest should come first: a larger one moves all."""
+        if (batch, slots) not in self._states:
+            config, dtype, device = self._model.config.language, self._model.dtype, self._model.device
+            shape = (config.layers, 2, batch, config.key_value_heads, slots, config.width // config.heads)
+            size = math.prod(shape)
+            if size > self._storage.numel() and not self._grow(size):
+                return None
+            keys, values = self._storage[:size].view(shape).unbind(dim=1)
+            one = torch.zeros(1, dtype=torch.int64, device=device)
+            self._states[batch, slots] = _State(
+                keys,
+                values,
+                tokens=one.repeat(batch, GENERATED + 1),
+                hidden=torch.zeros((batch, GENERATED, config.width), dtype=dtype, device=device),
+                place=one.clone(),
+                length=one.clone(),
+                padding=one.repeat(batch, 1),
+                limit=one.clone(),
+                every=torch.arange(slots, device=device),
+                layout=chunk_layout(self._model.config.tokens, device),
+            )
+        return self._states[batch, slots]
+
+    def _grow(self, size: int) -> bool:
+        if size >= self._too_large:
+            return False
+        try:
+            storage = self._storage.new_zeros(size)
+        except torch.OutOfMemoryError as error:
+            self._too_large = size
+            logger.warning("no memory for a static key-value cache of this size", values=size, reason=str(error))
+            return False
+        self._storage = storage
+        self._states.clear()
+        self._graphs.clear()  # they write to the old memory
+        if self._record is not None:
+            self._record.renew()
+        return True
+
+    def _captured(self, key: tuple[int, int, int, bool]) -> torch.cuda.CUDAGraph | None:
+        if key not in self._graphs:
+            if self._record is None or len(self._graphs) >= MOST:
+                return None
+            state, (_, count, _, constrained) = self._state, key
+            # The runs before a capture are steps too, which the next ones write over once they are taken back.
+            before = state.place.clone(), state.tokens.clone()
+            try:
+                graph, _ = self._record(lambda: _step(self._model, state, count, constrained))
+                self._graphs[key] = graph
+            except RuntimeError as error:  # a driver or an operator that cannot be captured: slower, but as right
+                self._record, self.captures = None, False
+                logger.warning("decoding runs without CUDA graphs", reason=str(error))
+            state.place.copy_(before[0])
+            state.tokens.copy_(before[1])
+        return self._graphs.get(key)
+
+
+def suits(model: Generalist) -> bool:
+    """Whether static steps are right for the model: they are faster then, on a CPU too.
+
+    bitsandbytes looks at values to choose its kernels, which a capture cannot follow, and attention that was asked for
+    as "eager" stays so.
+    """
+    foreign = any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
+    return not foreign and model.language_model.config._attn_implementation != "eager"
+
+
+def _step(model: Generalist, state: _State, count: int, constrained: bool) -> None:
+    """One step of `count` new tokens a sequence: the last sure one and guesses, of which it keeps those that are right.
+
+    The linear layers are the model's own, whatever they have become (quantised, adapted); norms and rotation are its
+    formulas in fewer kernels, whose number is what a captured step of a small batch costs beside its weights.
+    """
+    llama, ahead = model.language_model.model, state.every[:count]
+    places = (state.place + ahead).clamp(max=LAST)  # [N], of the tokens fed
+    slots = state.length + places  # [N]
+    x = llama.embed_tokens(state.tokens.index_select(1, places).clamp(min=0))  # [B, N, D]
+    cos, sin = llama.rotary_emb(x, slots - state.padding)  # [B, N, W]
+    half = cos.shape[-1] // 2
+    rotation = cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(2)
+    unseen = (state.every > slots.unsqueeze(1)) | (state.every < state.padding.unsqueeze(2))  # [B, N, M]
+    bias = torch.zeros(unseen.shape, dtype=x.dtype, device=x.device).masked_fill_(unseen, -math.inf).unsqueeze(1)
+    # Heads of a group share keys and values (arXiv 2305.13245): to these they are more queries.
+    group = model.config.language.heads // model.config.language.key_value_heads
+    if group > 1:
+        bias = bias.repeat(1, 1, group, 1)  # [B, 1, heads of a group * N, M]
+    for layer, keys, values in zip(cast(Sequence[LlamaDecoderLayer], llama.layers), state.keys, state.values):
+        x = x + _attend(layer, _normed(layer.input_layernorm, x), keys, values, slots, rotation, bias)
+        x = x + layer.mlp(_normed(layer.post_attention_layernorm, x))
+    x = _normed(llama.norm, x)
+
+    state.hidden.index_copy_(1, places, x)
+    following = state.place + 1 + ahead  # [N], of the answers
+    layout = state.layout.index_select(0, following.clamp(max=LAST))
+    answers = greedy(model, x, layout, constrained)  # [B, N]
+    following = following.clamp(max=GENERATED)
+    if count == 1:
+        state.tokens.index_copy_(1, following, answers)
+        state.place.add_(1)
+        return
+    guesses = state.tokens.index_select(1, following)
+    right = (answers == guesses).all(dim=0) & (ahead < state.limit)  # for all sequences: they share their place
+    kept = F.pad(right[:-1], (1, 0), value=True).cumprod(dim=0)  # an answer counts if all tokens before it were right
+    state.tokens.index_copy_(1, following, torch.where(kept.bool(), answers, guesses))
+    state.place.add_(kept.sum())
+
+
+def _attend(
+    layer: LlamaDecoderLayer,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    bias: Tensor,
+) -> Tensor:
+    """A layer's attention of x [B, N, D] over its keys and values [B, K, M, W], its own at `slots` included."""
+    attention = layer.self_attn
+    (batch, groups, _, width), count = keys.shape, x.shape[1]
+    # [B, N, heads + K, W]
+    together = torch.cat((attention.q_proj(x), attention.k_proj(x)), dim=-1).view(batch, count, -1, width)
+    cos, sin = rotation
+    # Rotary position embedding (arXiv 2104.09864): the halves change places, and the sine has the sign of the first.
+    together = together * cos + together.roll(width // 2, dims=-1) * sin
+    keys.index_copy_(2, slots, together[:, :, -groups:].transpose(1, 2))
+    values.index_copy_(2, slots, attention.v_proj(x).view(batch, count, groups, width).transpose(1, 2))
+    queries = together[:, :, :-groups].transpose(1, 2).reshape(batch, groups, -1, width)
+    found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)  # [B, K, heads of a group * N, W]
+    found = found.reshape(batch, -1, count, width).transpose(1, 2).reshape(batch, count, -1)
+    out: Tensor = attention.o_proj(found)
+    return out
+
+
+def _normed(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
+    """Llama's norm, which rounds before it scales."""
+    return F.rms_norm(x, (x.shape[-1],), eps=norm.variance_epsilon) * norm.weight

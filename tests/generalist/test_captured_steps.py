@@ -1,0 +1,162 @@
+"""Which steps are captured, kept and replayed, with graphs that a CPU can replay (replay.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from replay import Cuda
+from structlog.testing import capture_logs
+from torch import Tensor
+
+from robodual.generalist import service, stepping
+from robodual.generalist.decoding import decode
+from robodual.generalist.engine import GeneralistEngine, load_generalist
+from robodual.generalist.stepping import Stepper
+
+SHORT, LONG = "lift it", "push the sliding door to the left side, and mind the " + "very " * 20 + "red block"
+
+
+@pytest.fixture(scope="module")
+def engine() -> GeneralistEngine:
+    return load_generalist("toy", device="cpu")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    return Cuda(monkeypatch)
+
+
+def inputs(engine: GeneralistEngine, instructions: Sequence[str], seed: int) -> tuple[Tensor, list[Tensor]]:
+    pixels = torch.randn((len(instructions), 6, 224, 224), generator=torch.Generator().manual_seed(seed))
+    return pixels, [torch.tensor(engine.processor.prompt(instruction)) for instruction in instructions]
+
+
+def agrees(
+    engine: GeneralistEngine, stepper: Stepper, instructions: Sequence[str], seed: int, drafted: int = 0
+) -> bool:
+    """Whether the stepper gives the plain way's tokens and hidden states, with a draft in windows of `drafted` too."""
+    given = engine.model, *inputs(engine, instructions, seed)
+    plain = decode(*given, constrained=True, window=1)
+    found = decode(*given, constrained=True, stepper=stepper)
+    if drafted:
+        draft = plain.tokens.clone()
+        draft[:, 20::9] += 1
+        arguments: dict[str, Any] = {"constrained": True, "drafts": draft, "window": drafted}
+        found = decode(*given, **arguments, stepper=stepper)
+        assert found.forwards == decode(*given, **arguments).forwards
+    states = zip(found.hidden, plain.hidden, strict=True)
+    return torch.equal(found.tokens, plain.tokens) and all(
+        bool((mine - other).abs().max() <= 1e-5 * other.abs().max()) for mine, other in states
+    )
+
+
+def test_a_step_captured_at_one_place_is_right_at_every_other(engine: GeneralistEngine, cuda: Cuda) -> None:
+    stepper = Stepper(engine.model, captures=True)
+    for seed in range(3):
+        assert agrees(engine, stepper, [SHORT, "open it"], seed)
+        assert agrees(engine, stepper, [LONG], seed)
+    assert cuda.captures == 4, "of one and of two tokens, for each batch"
+    assert cuda.graphs.replays == 6 * 56
+
+
+def test_drafts_take_few_shapes_and_the_same_forwards(engine: GeneralistEngine, cuda: Cuda) -> None:
+    stepper = Stepper(engine.model, captures=True)
+    for seed, window in enumerate([64, 3, 6, 64]):
+        assert agrees(engine, stepper, [SHORT], seed, drafted=window)
+    assert 2 < cuda.captures <= 7, "powers of two up to 64"
+
+
+def test_shapes_beyond_those_that_are_kept_run_without_a_graph(
+    engine: GeneralistEngine, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stepping, "MOST", 1)
+    stepper = Stepper(engine.model, captures=True)
+    for seed in range(2):
+        assert agrees(engine, stepper, [SHORT], seed)
+    assert cuda.captures == 1
+    assert cuda.graphs.replays == 2 * 49
+
+
+def test_a_step_that_cannot_be_captured_runs_without_and_is_not_tried_again(
+    engine: GeneralistEngine, cuda: Cuda
+) -> None:
+    cuda.capturable = False
+    stepper = Stepper(engine.model, captures=True)
+    with capture_logs() as logs:
+        assert all(agrees(engine, stepper, [SHORT] * count, seed=count) for count in (1, 2))
+    assert [entry["event"] for entry in logs] == ["decoding runs without CUDA graphs"]
+    assert (cuda.captures, cuda.graphs.replays) == (1, 0)
+    assert not stepper.captures
+
+
+def test_a_larger_batch_moves_the_cache_and_its_graphs_are_captured_again(engine: GeneralistEngine, cuda: Cuda) -> None:
+    stepper = Stepper(engine.model, captures=True)
+    for count, captures in ((2, 2), (1, 4), (3, 6), (2, 8), (1, 10), (3, 10)):
+        assert agrees(engine, stepper, [SHORT] * count, seed=count)
+        assert cuda.captures == captures
+        assert len({state.keys.untyped_storage().data_ptr() for state in stepper._states.values()}) == 1
+
+
+def test_without_memory_for_a_static_cache_decoding_takes_a_dynamic_one(
+    engine: GeneralistEngine, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepper = Stepper(engine.model, captures=True)
+    assert agrees(engine, stepper, [SHORT], seed=0)
+    replays, asked = cuda.graphs.replays, []
+
+    def full(tensor: Tensor, size: int) -> Any:
+        asked.append(size)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, capture_logs() as logs:
+        patch.setattr(torch.Tensor, "new_zeros", full)
+        assert all(agrees(engine, stepper, [SHORT] * count, seed=count) for count in (2, 2, 3))
+        assert cuda.graphs.replays == replays
+        assert agrees(engine, stepper, [SHORT], seed=1), "what has its memory keeps its graphs"
+        assert cuda.graphs.replays == 2 * replays
+    assert [entry["event"] for entry in logs] == ["no memory for a static key-value cache of this size"]
+    assert len(asked) == 1
+
+
+def capturing(engine: GeneralistEngine) -> GeneralistEngine:
+    stepper = Stepper(engine.model, captures=True)
+    return GeneralistEngine(engine.model, engine.processor, engine.facts, constrained=True, stepper=stepper)
+
+
+def test_a_service_that_has_warmed_up_captures_nothing_more_for_usual_prompts(
+    engine: GeneralistEngine, cuda: Cuda
+) -> None:
+    own = capturing(engine)
+    service._warm_up(own, 3)
+    captures = cuda.captures
+    assert captures == 6, "each size of a batch, of one and of two tokens"
+    for count in (1, 2, 3):
+        given = [np.full((200, 200, 3), 7, np.uint8)] * count, ["lift"] * count
+        for mine, other in zip(own.think(*given), engine.think(*given), strict=True):
+            np.testing.assert_array_equal(mine.reference_actions, other.reference_actions)
+    assert cuda.captures == captures
+
+
+def test_a_batch_without_memory_does_not_keep_a_service_from_starting(
+    engine: GeneralistEngine, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, most = capturing(engine), 2
+    think = own.think
+
+    def tight(frames: Sequence[Any], *arguments: Any) -> Any:
+        if len(frames) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return think(frames, *arguments)
+
+    monkeypatch.setattr(own, "think", tight)
+    with capture_logs() as logs:
+        service._warm_up(own, 3)
+    assert [(entry["log_level"], entry["size"]) for entry in logs] == [("warning", 3)]
+    assert cuda.captures == 4, "of batches of two and of one"
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        service._warm_up(own, 3)
