@@ -82,8 +82,7 @@ class Target:
 def target(pair: Pair) -> Iterator[Target]:
     """Checks at the end that both still do what they are there for, and have not grown."""
     target = Target(pair)
-    services = [child for child in psutil.Process().children() if "serve" in child.cmdline()]
-    assert len(services) == 2
+    services = [psutil.Process(pair.pids[name]) for name in ("generalist", "specialist")]
     for number in range(10):
         target.open(f"warm-{number}")
         target.specialist.Act(_act(f"warm-{number}", 1), timeout=DEADLINE)
