@@ -176,10 +176,8 @@ def measured(
             run()
     machine = rates(device, dtype)
     runs = {**stages, **{name: run for name, (run, _) in machine.items()}}
-    rows = {
-        row.name: row for row in measurement.interleave({k: synchronised(v, device) for k, v in runs.items()}, rounds)
-    }
-    # What the machine can: its better half of the moments.
+    timed = {name: synchronised(run, device) for name, run in runs.items()}
+    rows = {row.name: row for row in measurement.interleave(timed, rounds)}
     arithmetic = max(amount / rows[name].median for name, (_, amount) in machine.items() if name != "read") * 1e3
     bandwidth = machine["read"][1] / rows["read"].median * 1e3
     found = []

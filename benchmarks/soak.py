@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import psutil
-from benchmarks import measurement
+from benchmarks import measurement, robots
 
 from robodual.pair import Options, Pair
 from robodual.profiles import PROFILES
@@ -77,26 +76,9 @@ class Row:
     descriptors: dict[str, float]
 
 
-def observation(seed: int) -> dict[str, Any]:
-    """CALVIN's observation dict, of noise; what is in a picture changes no time."""
-    draw = np.random.default_rng(seed)
-    return {
-        "rgb_obs": {
-            "rgb_static": draw.integers(0, 256, (200, 200, 3), np.uint8),
-            "rgb_gripper": draw.integers(0, 256, (84, 84, 3), np.uint8),
-            "rgb_tactile": draw.integers(0, 256, (160, 120, 6), np.uint8),
-        },
-        "depth_obs": {
-            "depth_static": draw.uniform(3.5, 6.2, (200, 200)).astype(np.float32),
-            "depth_gripper": draw.uniform(0, 2, (84, 84)).astype(np.float32),
-        },
-        "robot_obs": np.concatenate([draw.uniform(-1, 1, 14), [1.0]]),
-    }
-
-
 def drive(addresses: dict[str, str], seed: int, record: Record, over: threading.Event) -> None:
     """One session after another until it is over; what goes wrong is noted, and the next one begins."""
-    seen = itertools.cycle([observation(100 * seed + number) for number in range(8)])
+    seen = itertools.cycle([robots.observation(100 * seed + number) for number in range(8)])
     while not over.is_set():
         try:
             with DualSystemClient(**addresses, seed=seed) as client:
@@ -124,7 +106,7 @@ def crowd(addresses: dict[str, str], most: int) -> None:
         together = threading.Barrier(size)
 
         def step(seed: int, schedule: str = schedule, together: threading.Barrier = together) -> None:
-            seen = observation(seed)
+            seen = robots.observation(seed)
             with DualSystemClient(**addresses, schedule=schedule, seed=seed) as client:
                 client.reset("move the door all the way to the left")
                 for _ in range(ROUNDS):

@@ -176,17 +176,14 @@ class Pair:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.options.start_timeout
         waiting = set(SERVICES)
+        files = {name: [self._setting(name, f"tls_{what}") for what in ("certificate", "key")] for name in SERVICES}
         while waiting:
             self.check()
-            waiting -= {name for name in waiting if self._is_ready(name)}
+            waiting -= {name for name in waiting if not waiting_for(self.http_ports[name], "127.0.0.1", *files[name])}
             if waiting and time.monotonic() > deadline:
                 names = " and ".join(sorted(waiting))
                 raise PairError(f"the {names} was not ready after {self.options.start_timeout:.0f} s; see its log")
             time.sleep(0.05)
-
-    def _is_ready(self, name: str) -> bool:
-        certificate, key = self._setting(name, "tls_certificate"), self._setting(name, "tls_key")
-        return not waiting_for(self.http_ports[name], certificate=certificate, key=key, tls=certificate is not None)
 
     def _setting(self, service: str, name: str) -> Path | None:
         """A path among the settings, where the service will find it."""

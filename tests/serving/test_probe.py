@@ -66,12 +66,13 @@ async def test_it_asks_as_the_settings_say(
 
 
 async def test_a_service_that_is_gone_or_speaks_otherwise_is_not_ready(certificates: Path) -> None:
+    shown = certificates / "server.pem", certificates / "server.key"
     async with serving(**files(certificates, "tls")) as (server, readiness):
         readiness.meet("store")
         port = server.http_port
         assert await asyncio.to_thread(probe.waiting_for, port)
-        assert await asyncio.to_thread(lambda: probe.waiting_for(port, "0.0.0.0", tls=True)) == ""
-    assert "refused" in await asyncio.to_thread(lambda: probe.waiting_for(port, tls=True))
+        assert await asyncio.to_thread(probe.waiting_for, port, "0.0.0.0", *shown) == ""
+    assert "refused" in await asyncio.to_thread(probe.waiting_for, port, "127.0.0.1", *shown)
 
 
 @pytest.mark.parametrize("arguments", [[], ["client"], ["specialist", "generalist"]])

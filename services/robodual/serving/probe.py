@@ -28,24 +28,23 @@ SERVICES: dict[str, type[GeneralistSettings] | type[SpecialistSettings]] = {
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def waiting_for(
-    port: int, host: str = "127.0.0.1", certificate: Path | None = None, key: Path | None = None, *, tls: bool = False
-) -> str:
+def waiting_for(port: int, host: str = "127.0.0.1", certificate: Path | None = None, key: Path | None = None) -> str:
     """What keeps the service whose HTTP side is at `host`:`port` from being ready; "" if nothing does.
 
-    `certificate` and `key` are shown to a service that asks for a certificate (mutual TLS). The service's own is not
-    checked: the connection stays on this machine and carries nothing secret.
+    `certificate` and `key` are the service's own, if it speaks TLS: it is shown them where it asks for a certificate
+    (mutual TLS). What it shows is not checked: the connection stays on this machine and carries nothing secret.
     """
     host = LOOPBACK.get(host, host)
     host = f"[{host}]" if ":" in host else host
-    context = None
-    if tls:
-        context = ssl.create_default_context()
+    scheme = "http"
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        if certificate is not None:
-            context.load_cert_chain(certificate, key)
-    scheme = "https" if tls else "http"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+        context.load_cert_chain(certificate, key)
+        scheme = "https"
+        handlers.append(urllib.request.HTTPSHandler(context=context))
+    opener = urllib.request.build_opener(*handlers)
     try:
         with opener.open(f"{scheme}://{host}:{port}/readyz", timeout=TIMEOUT):
             return ""
@@ -66,8 +65,7 @@ def main(arguments: list[str]) -> int:
     except ValidationError as error:
         print("\n".join(problem["msg"] for problem in error.errors()), file=sys.stderr)
         return 1
-    certificate, key = settings.tls_certificate, settings.tls_key
-    reason = waiting_for(settings.http_port, settings.host, certificate, key, tls=certificate is not None)
+    reason = waiting_for(settings.http_port, settings.host, settings.tls_certificate, settings.tls_key)
     print(reason or "ready")
     return 1 if reason else 0
 

@@ -14,10 +14,10 @@ from robodual.serving.errors import InvalidArgument
 from robodual.specialist.control import ControlLoop, Recovery, Window
 from robodual.specialist.engine import Frame
 from robodual_client import tensors, wire
+from robodual_client.observation import FARTHEST
 
 SIDES = range(8, 1025)
 LIMIT = 1e4  # of any value, in metres or radians: far from any robot, and from overflow in 16 bits
-FARTHEST = 100.0  # metres; no indoor camera sees further
 # Floats from 0 on are in the order of their bits, and others' bits are above: one look at its bits passes a depth map.
 _FARTHEST_BITS = np.float32(FARTHEST).view(np.uint32)
 TACTILE = (160, 120, 6)
