@@ -32,7 +32,6 @@ from robodual_client import DualSystemClient
 PACKAGES = ("torch", "numpy", "grpcio", "redis", "robodual", "robodual-client")
 STEPS = 48  # an episode
 EPISODES = 4  # a client
-GROWTH = 1.02  # of memory and of file descriptors, after the warm-up
 SLACK = 1.0  # MiB that no growth is seen in: a small process moves by single allocations
 ROUNDS = 5  # of each batch size, before the run
 MOST = 2000  # steps a second, of all sessions, that there is room to note
@@ -147,7 +146,7 @@ def row(record: Record, since: float, until: float) -> Row:
     )
 
 
-def complaints(record: Record, warm: float, flat: float) -> list[str]:
+def complaints(record: Record, warm: float, *, growth: float, flat: float) -> list[str]:
     """What moved after `warm` seconds: the first half of what follows against the second."""
     middle, end = (warm + record.now()) / 2, record.now()
     first, second = row(record, warm, middle), row(record, middle, end)
@@ -155,20 +154,20 @@ def complaints(record: Record, warm: float, flat: float) -> list[str]:
     for name in PROCESSES:
         # A leak lifts both; what the allocator gives back for a moment, or keeps for one, moves one of them.
         (least, median), (least_after, median_after) = first.memory[name], second.memory[name]
-        if _grown(least, least_after, SLACK) and _grown(median, median_after, SLACK):
+        if _grown(least, least_after, growth, SLACK) and _grown(median, median_after, growth, SLACK):
             found.append(
                 f"memory of {name}: at least {least:.1f} MiB, then {least_after:.1f}; "
                 f"in the median {median:.1f} MiB, then {median_after:.1f}"
             )
-        if _grown(first.descriptors[name], second.descriptors[name]):
+        if _grown(first.descriptors[name], second.descriptors[name], growth):
             found.append(f"file descriptors of {name}: {first.descriptors[name]:g}, then {second.descriptors[name]:g}")
     if not second.p99 <= first.p99 * flat:
         found.append(f"p99: {first.p99:.1f} ms, then {second.p99:.1f} ms")
     return found
 
 
-def _grown(before: float, after: float, slack: float = 0.0) -> bool:
-    return after > max(before * GROWTH, before + slack)
+def _grown(before: float, after: float, growth: float, slack: float = 0.0) -> bool:
+    return after > max(before * growth, before + slack)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,6 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--warm-up", type=float, help="seconds that nothing is held against; a tenth, 30 at least")
     parser.add_argument("--every", type=float, default=60, help="seconds for a row of the table")
+    parser.add_argument(
+        "--growth", type=float, default=1.02, help="how far memory and descriptors may rise, as a ratio"
+    )
     parser.add_argument("--flat", type=float, default=1.2, help="how far p99 may rise, as a ratio")
     parser.add_argument("--json", type=Path, help="where to write the record")
     options = parser.parse_args(argv)
@@ -207,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pair.check()
                 rows.append(row(record, since, record.now()))
                 print(_line(rows[-1]), flush=True)
-            found = complaints(record, warm, options.flat)
+            found = complaints(record, warm, growth=options.growth, flat=options.flat)
         finally:
             over.set()
             for thread in threads:

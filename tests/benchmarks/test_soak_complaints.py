@@ -31,4 +31,4 @@ def test_a_leak_is_told_from_what_an_allocator_gives_back_for_a_moment(
         for name in soak.PROCESSES:
             leaked = growth * (second // 10) if name == "generalist" else 0.0
             record.looks[name][second] = second, (460.0 + leaked - dip * (second == 20)) * 2**20, 30
-    assert soak.complaints(record, 0.0, 1.2) == found
+    assert soak.complaints(record, 0.0, growth=1.02, flat=1.2) == found
