@@ -211,4 +211,4 @@ def condition(number: int) -> wire.ConditionRequest:
 
 def depth(replica: Replica) -> float:
     """Requests that wait."""
-    return float(replica.server.metrics.queue_depth._value.get())
+    return float(replica.server.metrics.value(replica.server.metrics.queue_depth))

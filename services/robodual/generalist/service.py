@@ -28,7 +28,7 @@ from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Background, Readiness
 from robodual.serving.server import Server
 from robodual.serving.settings import GeneralistSettings
-from robodual.serving.timings import Timings
+from robodual.serving.timings import LATER, Timings
 from robodual_client import tensors, wire
 
 logger = structlog.get_logger(__name__)
@@ -83,13 +83,15 @@ class GeneralistService:
         with _reachable():
             stored, latest = await self._store.put(session, conditioning, owner)
         timings.lap("store")
-        return wire.ConditionResponse(
+        answer = wire.ConditionResponse(
             version=_message(conditioning.version),
             stored=stored,
             latest=_message(latest),
-            timings=timings.messages(),
             malformed_tokens=thought.malformed_tokens,
         )
+        timings.conclude(answer.timings)
+        asyncio.get_running_loop().call_later(LATER, timings.observe)
+        return answer
 
     async def Reset(self, request: wire.ResetRequest, context: Any) -> wire.ResetResponse:
         session, owner = fields.session_id(request), auth.owner()

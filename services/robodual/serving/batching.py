@@ -67,6 +67,7 @@ class Batcher(Generic[Item, Answer]):
         self._metrics = metrics
         self._waiting: OrderedDict[str, deque[_Ticket[Item, Answer]]] = OrderedDict()
         self._count = 0
+        metrics.queues.append(lambda: self._count)
         self._running: list[_Ticket[Item, Answer]] = []
         self._calls = 0
         self._closed = False
@@ -93,9 +94,11 @@ class Batcher(Generic[Item, Answer]):
             raise Unavailable("the service is shutting down")
         if self._count >= self._max_queue:
             self._make_room(session)
-        ticket = _Ticket[Item, Answer](item, session, deadline, time.perf_counter(), self._loop.create_future())
+        ticket: _Ticket[Item, Answer] = _Ticket(
+            item, session, deadline, time.perf_counter(), self._loop.create_future()
+        )
         self._waiting.setdefault(session, deque()).append(ticket)
-        self._resize(1)
+        self._count += 1
         # Not at once: what arrived together with this one joins its batch.
         self._loop.call_soon(self._start)
         try:
@@ -133,7 +136,7 @@ class Batcher(Generic[Item, Answer]):
             for ticket in tickets:
                 ticket.fail(Unavailable("the service is shutting down"))
         self._waiting.clear()
-        self._resize(-self._count)
+        self._count = 0
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -143,8 +146,8 @@ class Batcher(Generic[Item, Answer]):
             return
         self._running = self._take()
         if self._running:
-            self._metrics.batch_size.observe(len(self._running))
             self._jobs.put(partial(self._run, self._running))
+            self._metrics.batch_size.observe(len(self._running))
 
     def _work_off(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -176,7 +179,7 @@ class Batcher(Generic[Item, Answer]):
             ticket = tickets.popleft()
             if tickets:
                 self._waiting[session] = tickets
-            self._resize(-1)
+            self._count -= 1
             if ticket.deadline is not None and ticket.deadline <= now:
                 ticket.fail(DeadlineExceeded("the deadline passed while the request waited"))
             if ticket.over:
@@ -213,9 +216,5 @@ class Batcher(Generic[Item, Answer]):
             tickets.remove(ticket)
             if not tickets:
                 del self._waiting[ticket.session]
-            self._resize(-1)
+            self._count -= 1
             self._metrics.dropped.inc()
-
-    def _resize(self, change: int) -> None:
-        self._count += change
-        self._metrics.queue_depth.inc(change)

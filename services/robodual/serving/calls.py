@@ -13,7 +13,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from robodual.serving import auth
+from robodual.serving import auth, fields
 from robodual.serving.errors import InvalidArgument, ServiceError
 from robodual.serving.metrics import Metrics, Problem
 
@@ -81,8 +81,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             with self._counted():
                 try:
                     async for response in answers(_Messages(requests, parse), context):
-                        self._metrics.request(method, "OK").inc()
                         yield response
+                        # Only now: it is on its way.
+                        self._metrics.request(method, "OK").inc()
                 except asyncio.CancelledError:
                     self._given_up(method, context)
                     raise
@@ -121,8 +122,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _count(self, method: str, code: grpc.StatusCode, message: str) -> None:
         self._metrics.request(method, code.name).inc()
-        said = structlog.contextvars.get_contextvars()
-        session, owner = said.get("session", ""), said.get("token", auth.NOBODY)
+        session = fields.labels().get("session", "")
+        owner = structlog.contextvars.get_contextvars().get("token", auth.NOBODY)
         self._metrics.problems.add(Problem(time.time(), method, code.name, owner, session, message))
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import re
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
 from robodual.serving.errors import InvalidArgument
@@ -16,29 +15,35 @@ from robodual.serving.images import decode_image, is_compressed
 from robodual_client import wire
 
 LAST = 2**31 - 1  # recovery states carry steps as int32
-_LABELS = ("episode", "step")
+_COUNTERS = ("episode", "step")
 _SESSION = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_REQUEST: ContextVar[Any] = ContextVar("request", default=None)
 
 
 def session_id(request: Any) -> str:
-    """The request's session, which the log's lines carry from here on.
+    """The request's session; the log's lines carry it from here on (see `labels`).
 
     Raises `InvalidArgument` for a name that is none, and for an episode or step that no control loop can count.
     """
     session: str = request.session_id
     if not _SESSION.fullmatch(session):
         raise InvalidArgument("session_id: expected 1 to 64 characters of [A-Za-z0-9_.-]")
-    labels = {name: getattr(request, name) for name in _labels(request.DESCRIPTOR)}
-    for name, value in labels.items():
+    for name in _COUNTERS:
+        value = getattr(request, name, 0)
         if value > LAST:
             raise InvalidArgument(f"{name}: expected at most {LAST}, got {value}")
-    structlog.contextvars.bind_contextvars(session=session, **labels)
+    _REQUEST.set(request)
     return session
 
 
-@functools.cache
-def _labels(message: Any) -> list[str]:
-    return [name for name in _LABELS if name in message.fields_by_name]
+def labels() -> dict[str, Any]:
+    """Session, episode and step of the request that runs, as far as it has them; of none, nothing."""
+    request = _REQUEST.get()
+    if request is None:
+        return {}
+    names = request.DESCRIPTOR.fields_by_name
+    counters = {name: getattr(request, name) for name in _COUNTERS if name in names}
+    return {"session": request.session_id, **counters}
 
 
 async def image(message: Any, name: str, *, field: str, sides: range) -> NDArray[np.uint8]:

@@ -6,18 +6,20 @@ import logging
 import sys
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
+from robodual.serving import fields
 from robodual.serving.settings import Settings
 
 
 def configure(settings: Settings) -> None:
     """Sends this process's logs, those of libraries included, through structlog in the format of the settings.
 
-    What a request binds with `structlog.contextvars` (session, episode, step) is on each of its lines.
+    A request's session, episode and step are on each of its lines, and what is bound with `structlog.contextvars`.
     """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        _label,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -44,3 +46,7 @@ def configure(settings: Settings) -> None:
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("robodual").setLevel(settings.log_level.upper())
+
+
+def _label(logger: object, method: str, event: EventDict) -> EventDict:
+    return {**fields.labels(), **event}

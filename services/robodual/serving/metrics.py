@@ -47,7 +47,9 @@ class Metrics:
         self.stages = Histogram(
             "robodual_stage_seconds", "Time in each stage of a request.", ["stage"], buckets=SECONDS, registry=registry
         )
+        self.queues: list[Callable[[], int]] = []  # how many wait in each
         self.queue_depth = Gauge("robodual_queue_depth", "Requests that wait for the model.", registry=registry)
+        self.queue_depth.set_function(lambda: sum(queue() for queue in self.queues))
         self.batch_size = Histogram(
             "robodual_batch_size", "Requests in one pass of the model.", buckets=BATCHES, registry=registry
         )

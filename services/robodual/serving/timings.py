@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
+from typing import Any
 
 from robodual.serving import tracing
 from robodual.serving.metrics import Metrics
-from robodual_client import wire
 
 LATER = 0.002  # seconds after an answer at which what does not belong to it is done, so that it competes with nothing
 
@@ -24,25 +23,27 @@ class Timings:
     def lap(self, stage: str) -> None:
         """Counts the time since the last lap (or since the beginning) as `stage`."""
         now = time.perf_counter()
-        self.add(stage, now - self._lap)
+        self.stages.append((stage, now - self._lap))
+        self._lap = now
 
     def add(self, stage: str, seconds: float) -> None:
         """Counts `seconds` as `stage`; the next lap begins here."""
         self.stages.append((stage, seconds))
         self._lap = time.perf_counter()
 
-    def messages(self) -> list[wire.Timing]:
-        """The stages so far, and "total"; the metrics get them a little later."""
+    def conclude(self, timings: Any) -> None:
+        """Puts the stages, and "total", into an answer's repeated wire.Timing."""
         total = time.perf_counter() - self._started
         if self.span is not None:
             ended = 0.0
             for stage, seconds in self.stages:
                 ended += seconds
                 self.span.stage(stage, seconds, ago=total - ended)
-        self.add("total", total)
-        asyncio.get_running_loop().call_later(LATER, self._observe)
-        return [wire.Timing(stage=stage, milliseconds=seconds * 1e3) for stage, seconds in self.stages]
+        self.stages.append(("total", total))
+        for stage, seconds in self.stages:
+            timings.add(stage=stage, milliseconds=seconds * 1e3)
 
-    def _observe(self) -> None:
+    def observe(self) -> None:
+        """Gives them to the metrics."""
         for stage, seconds in self.stages:
             self._metrics.stage(stage).observe(seconds)

@@ -88,18 +88,14 @@ class ControlLoop:
             )
         _check(recovery)
         self._state = recovery
+        # The latest step that has had its action, or None.
+        self.last_step = int(recovery.chunk_steps[-1]) if len(recovery.chunk_steps) else None
         self._planned: _Plan | None = None
 
     @property
     def history(self) -> Array:
         """The last 4 executed actions [4, 7], oldest first, zeros in front. The published network does not read it."""
         return self._state.history.copy()
-
-    @property
-    def last_step(self) -> int | None:
-        """The latest step that has had its action, or None."""
-        steps = self._state.chunk_steps
-        return int(steps[-1]) if len(steps) else None
 
     def prepare(self, step: int) -> Recovery:
         """Does ahead what `advance` does for `step` before it looks at the chunk.
@@ -128,7 +124,7 @@ class ControlLoop:
         mean = [(total + now) / (plan.weight + 1) for total, now in zip(plan.total, chunk[0].tolist())]
         mean[-1] = -1 if mean[-1] < GRIPPER_THRESHOLD else 1
         action = np.array(mean, FLOAT)
-        self._state = plan.following
+        self._state, self.last_step = plan.following, step
         self._state.chunks[-1], self._state.history[-1] = chunk, action
         return action
 

@@ -36,14 +36,17 @@ class Layout:
         self._size = sum(map(len, pieces))
         self._fixed: list[tuple[int, bytes]] = []  # each with its place, from the end
         self._arrays: list[tuple[str, int, tuple[int, ...], np.dtype[Any]]] = []
-        place = -self._size
+        place, fixed = -self._size, b""
         for piece in pieces:
             if isinstance(piece, bytes):
-                self._fixed.append((place, piece))
+                fixed += piece
             else:
+                self._fixed.append((place - len(fixed), fixed))
+                fixed = b""
                 name, array = next(named)
                 self._arrays.append((name, place, array.shape, array.dtype))
             place += len(piece)
+        self._floats = [(name, f"observation.{name}") for name, *_, dtype in self._arrays if dtype.kind == "f"]
 
     def head(self, request: bytes) -> wire.ActRequest | None:
         """The request without its observation, if it is of this layout."""
@@ -61,8 +64,8 @@ class Layout:
         """Views of the request's bytes. Raises `InvalidArgument` for values out of bounds."""
         end = len(request)
         arrays = {name: np.ndarray(shape, dtype, request, end + place) for name, place, shape, dtype in self._arrays}
-        for name, values in arrays.items():
-            observation.check_range(values, f"observation.{name}")
+        for name, field in self._floats:
+            observation.check_range(arrays[name], field)
         return Frame(**_NOTHING | arrays)
 
 

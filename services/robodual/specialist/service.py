@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from robodual.serving.server import Server
 from robodual.serving.settings import SpecialistSettings
 from robodual.serving.timings import LATER, Timings
 from robodual.specialist import observation
-from robodual.specialist.control import noise, reference_actions
+from robodual.specialist.control import noise
 from robodual.specialist.engine import Answer, Frame, Projected, Request, SpecialistEngine
 from robodual.specialist.engines import load, warm_up
 from robodual.specialist.feed import Feed
@@ -76,7 +77,9 @@ class SpecialistService:
         return dict.fromkeys(("Act", "ActStream"), self._layouts.receive)
 
     async def Act(self, request: Received, context: Any) -> wire.ActResponse:
-        return await self._act(request, server.deadline(context))
+        answer, follow_up = await self._act(request, server.deadline(context))
+        self._loop.call_later(LATER, follow_up)
+        return answer
 
     async def ActStream(self, requests: AsyncIterator[Received], context: Any) -> AsyncIterator[wire.ActResponse]:
         stream = asyncio.current_task()
@@ -89,7 +92,11 @@ class SpecialistService:
                 raise Unavailable(DRAINING)
             async for request in requests:
                 self._idle_streams.discard(stream)
-                yield await self._act(request, deadline)
+                answer, follow_up = await self._act(request, deadline)
+                try:
+                    yield answer  # which gRPC sends before it goes on here
+                finally:
+                    follow_up()
                 if self._draining:
                     raise Unavailable(DRAINING)
                 self._idle_streams.add(stream)
@@ -132,7 +139,8 @@ class SpecialistService:
         for stream in self._idle_streams:
             stream.cancel()
 
-    async def _act(self, received: Received, deadline: float | None) -> wire.ActResponse:
+    async def _act(self, received: Received, deadline: float | None) -> tuple[wire.ActResponse, Callable[[], None]]:
+        """The answer, and what is to be done once it is on its way."""
         timings = Timings(self._metrics)
         request = received.message
         identity = fields.session_id(request)
@@ -157,7 +165,7 @@ class SpecialistService:
                 self._metrics.resumed.inc()
                 logger.info("resumed", after=r.step)
             if session.answer is not None and session.progress == (request.episode, request.step):
-                return session.answer
+                return session.answer, _nothing
             self._check_order(session, request)
             frame = await self._layouts.frame(received)
             timings.lap("decode")
@@ -173,11 +181,9 @@ class SpecialistService:
         conditioned: Conditioned,
         deadline: float | None,
         timings: Timings,
-    ) -> wire.ActResponse:
+    ) -> tuple[wire.ActResponse, Callable[[], None]]:
         episode, version = session.episode, conditioned.version
-        reference = reference_actions(
-            conditioned.reference_actions, conditioning_step=version.step, step=step, window=session.window
-        )
+        reference = session.reference(conditioned, step)
         start = noise(session.seed, episode, step)
         if self._settings.only == "generalist":
             # Its latest chunk, one row a step: what later chunks would say of a step is not blended in.
@@ -201,17 +207,17 @@ class SpecialistService:
             timings.span.stage("conditioning", conditioned.took, ago=staleness)
         degraded = not self._feed.up or step - version.step > self._settings.degraded_age_steps
         answer = session.advance(step, chunk, version, degraded=degraded)
-        answer.timings.extend(timings.messages())
+        timings.conclude(answer.timings)
         session.answer = answer
         if session.view is not None:
             action = session.control.history[-1]
             taken = Step(answer.episode, step, action, answer.age, degraded, timings.stages)
             session.view.note(taken, frame, Reference(*version, conditioned.reference_actions))
-        self._loop.call_later(LATER, self._follow_up, session, answer, staleness)
-        return answer
+        return answer, partial(self._follow_up, session, answer, staleness, timings)
 
-    def _follow_up(self, session: Session, answer: wire.ActResponse, staleness: float) -> None:
-        """What can wait until the answer is on its way, and the robot has something to do."""
+    def _follow_up(self, session: Session, answer: wire.ActResponse, staleness: float, timings: Timings) -> None:
+        """What the answer need not wait for."""
+        timings.observe()
         self._metrics.conditioning_age.observe(answer.age)
         self._metrics.conditioning_staleness.observe(staleness)
         if answer.degraded:
@@ -304,6 +310,10 @@ class SpecialistService:
             if not asked:
                 asked = True
                 await asyncio.wait({asyncio.ensure_future(self._feed.refresh(session))}, timeout=left)
+
+
+def _nothing() -> None:
+    pass
 
 
 @asynccontextmanager

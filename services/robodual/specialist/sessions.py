@@ -15,7 +15,7 @@ from robodual.conditioning.store import FOREIGN
 from robodual.serving.errors import PermissionDenied, ResourceExhausted
 from robodual.serving.metrics import Metrics
 from robodual.specialist import answers
-from robodual.specialist.control import ControlLoop, Window, noise
+from robodual.specialist.control import Array, ControlLoop, Window, noise, reference_actions
 from robodual.specialist.engine import Features, Projected
 from robodual.specialist.view import View
 from robodual_client import wire
@@ -73,6 +73,9 @@ class Session:
         self.client = 0  # who began the episode; 0: it did not say
         self._kept: list[Conditioned] = []
         self._draft: wire.ActResponse | None = None
+        self._reference: tuple[Conditioned, int, Array] | None = (
+            None  # made ahead: of which conditioning, at which step
+        )
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -100,6 +103,7 @@ class Session:
         """Goes on with `episode` where `control` is, with the static frame of the step before."""
         self.episode, self.seed, self.window = episode, seed, window
         self.control, self.previous, self.answer, self._draft = control, previous, None, None
+        self._reference = None
         self._kept = [conditioned for conditioned in self._kept if conditioned.version.episode >= episode]
 
     def forget_chunks(self) -> None:
@@ -109,9 +113,23 @@ class Session:
     def prepare(self, step: int) -> wire.ActResponse:
         """Makes ahead what `step` needs and its frame does not change; what there is of its answer."""
         noise(self.seed, self.episode, step)
+        newest = self.usable(step)
+        if newest is not None:
+            self._reference = newest, step, self.reference(newest, step)
         state = self.control.prepare(step)
         self._draft = answers.draft(self.episode, step, self.seed, self.window, state)
         return self._draft
+
+    def reference(self, conditioned: Conditioned, step: int) -> Array:
+        """The reference chunk at `step`, read-only."""
+        if self._reference is not None and self._reference[0] is conditioned and self._reference[1] == step:
+            return self._reference[2]
+        return reference_actions(
+            conditioned.reference_actions,
+            conditioning_step=conditioned.version.step,
+            step=step,
+            window=self.window,
+        )
 
     def advance(
         self, step: int, chunk: NDArray[np.float32], conditioning: Version, *, degraded: bool
