@@ -1,4 +1,5 @@
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 
 import grpc
@@ -318,18 +319,26 @@ async def test_a_model_that_fails_is_an_internal_error_for_its_caller_alone(
 
 
 async def test_a_drain_answers_what_is_in_flight_and_ends_streams(
-    specialist_engine: SpecialistEngine, url: str, store: Store
+    specialist_engine: SpecialistEngine, url: str, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    go, plain = threading.Event(), specialist_engine.act
+    go.set()
+    monkeypatch.setattr(specialist_engine, "act", lambda requests: go.wait(30) and plain(requests))
     async with specialist(specialist_engine, url) as replica:
         await opened(replica, store)
         await opened(replica, store, "stream")
         stream = replica.stub.ActStream()
         await stream.write(act("stream", 0, min_conditioning=version(1, 0)))
         assert (await stream.read()).step == 0
+        go.clear()
         call = asyncio.ensure_future(replica.stub.Act(act("robot", 0, min_conditioning=version(1, 0)), timeout=30))
         await until(lambda: replica.server._calls._active == 2)
         started = asyncio.get_running_loop().time()
-        await replica.server.drain()
+        drain = asyncio.ensure_future(replica.server.drain())
+        await until(lambda: not replica.server.readiness.ready)
+        assert not call.done()
+        go.set()
+        await drain
         assert asyncio.get_running_loop().time() - started < 5
         assert (await call).step == 0
         code, details = await status(stream.read())
