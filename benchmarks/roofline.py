@@ -118,7 +118,7 @@ def specialist_stages(engine: SpecialistEngine, context_length: int) -> dict[str
     latents = adapt()
     latents = torch.cat((latents[:, : policy.config.latents], latents), dim=1)  # the previous frame's stand first
     context = torch.cat((sampler.keys_values(latents), request.conditioning.keys_values[None]), dim=1)
-    start = preparation.vectors([request.noise], torch.float32)
+    start = preparation.vectors([request.noise])
     reference = preparation.vectors([request.reference_actions])
     conditioning = request.conditioning.mean[None]
     return {

@@ -50,11 +50,11 @@ def steps(engine: SpecialistEngine, context_length: int) -> tuple[Callable[[], t
     first = Request(before, None, engine.project(hidden_states), reference, noise(0, 0, 0))
     request = replace(first, frame=now, previous=engine.act([first])[0].features, noise=noise(0, 0, 1))
     preparation = engine.preparation
-    on_device = preparation.vectors([reference]), hidden_states[None].to(preparation.device, preparation.dtype)
+    on_device = preparation.vectors([reference]), hidden_states[None].to(preparation.device)
 
     def plain() -> torch.Tensor:
         observation = preparation.observation(now, before.rgb_static)
-        start = preparation.vectors([request.noise], torch.float32)
+        start = preparation.vectors([request.noise])
         return engine.policy.sample(observation, *on_device, start)[0].cpu()
 
     return plain, request

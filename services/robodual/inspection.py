@@ -20,7 +20,7 @@ from robodual.generalist.weights import Entry, check, headers, opened, shard_fil
 from robodual.profiles import PROFILES
 from robodual.specialist import checkpoint as specialist
 from robodual.specialist.config import SpecialistConfig
-from robodual.specialist.policy import Policy
+from robodual.specialist.policy import Policy, served_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -188,7 +188,7 @@ def _specialist(path: Path, dtype: str, hashed: bool) -> Inspection:
     policy = _policy(config)
     served = "float32" if dtype == "auto" else dtype
     # Loading widens to float32 first.
-    values = ((name, state[name].float().to(DTYPES[served])) for name in sorted(state))
+    values = ((name, state[name].float().to(served_dtype(name, DTYPES[served]))) for name in sorted(state))
     return Inspection(
         path=str(path),
         kind=kind,

@@ -42,7 +42,7 @@ class Encoder:
             self._norm = module.transformer.norm
 
     def __call__(self, images: Tensor) -> Tensor:
-        """[B, C, S, S] to tokens [B, N, D]."""
+        """[B, C, S, S], in the module's dtype, to tokens [B, N, D], float32."""
         tokens = self._embed(images)
         batch, count, width = tokens.shape
         x = tokens.view(-1, width)  # [B * N, D]
@@ -52,7 +52,7 @@ class Encoder:
             mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
             x = block.out.add(x, mixed.reshape(batch * count, -1))
             x = block.fc2.add(x, block.fc1(block.norm2(x)))
-        out: Tensor = self._norm(x).view(batch, count, width)
+        out: Tensor = self._norm(x).float().view(batch, count, width)
         return out
 
 

@@ -75,7 +75,7 @@ class SpecialistEngine:
     """
 
     def __init__(self, policy: Policy, facts: EngineFacts, strategy: Strategy = "resize-naive") -> None:
-        weight = policy.model.x_embedder.weight
+        weight = policy.vision_encoder.pos_embed
         self.policy = policy.eval()
         self.facts = facts
         self.width = policy.config.context_width
@@ -98,7 +98,7 @@ class SpecialistEngine:
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.width or not len(hidden_states):
             raise ValueError(f"hidden_states must have shape (L, {self.width}), not {tuple(hidden_states.shape)}")
         preparation = self.preparation
-        return Projected(*self._step.project(hidden_states.to(preparation.device, preparation.dtype)))
+        return Projected(*self._step.project(hidden_states.to(preparation.device, torch.float32)))
 
     @torch.inference_mode()
     def act(self, requests: Sequence[Request]) -> list[Answer]:
@@ -136,7 +136,7 @@ class SpecialistEngine:
             mean=torch.stack([conditioning.mean for conditioning in conditionings]),
             mask=None if mask is None else preparation.to_device(mask),
             reference=preparation.vectors([request.reference_actions for request in requests]),
-            noise=preparation.vectors([request.noise for request in requests], torch.float32),
+            noise=preparation.vectors([request.noise for request in requests]),
         )
 
     def _previous(self, requests: Sequence[Request]) -> Tensor:
@@ -144,7 +144,7 @@ class SpecialistEngine:
         given = [request.previous for request in requests if isinstance(request.previous, np.ndarray)]
         replayed = iter(self._step.following(self.preparation.colour(given)) if given else ())
         preparation, config = self.preparation, self.policy.config
-        none = torch.zeros(config.latents, config.width, device=preparation.device, dtype=preparation.dtype)
+        none = torch.zeros(config.latents, config.width, device=preparation.device)
         latents = []
         for previous in (request.previous for request in requests):
             if isinstance(previous, Features):
@@ -188,7 +188,7 @@ def load_specialist(
         profile: a name in `robodual.profiles.PROFILES`; its shapes hold where the checkpoint does not carry its own
         checkpoint: a published EMA `.pt` or our `.safetensors`; None for random weights made from `seed`
         device: "cpu", "cuda", "cuda:1", ...; auto takes a GPU where there is one
-        dtype: "float32" or "bfloat16"; auto is float32
+        dtype: "float32", or "bfloat16" for the encoders; auto is float32. The denoiser is always float32
         seed: of the random weights
         strategy: how frames become square; the generalist's checkpoint says it in `image_resize_strategy`
         sensors: `with_depth`, `with_gripper`, `with_tactile` where they are to differ from the profile's, or from the
@@ -214,13 +214,13 @@ def load_specialist(
         policy.config = replace(policy.config, diffusion_steps=diffusion_steps)
     if guidance_scale is not None:
         policy.config = replace(policy.config, guidance_scale=guidance_scale)
-    policy.to(place, DTYPES["float32" if dtype == "auto" else dtype])
+    policy.to(place)
+    policy.serve_in(DTYPES["float32" if dtype == "auto" else dtype])
     return SpecialistEngine(policy, _facts(profile, policy, strategy), strategy)
 
 
 def _facts(profile: str, policy: Policy, strategy: Strategy) -> EngineFacts:
-    weight = policy.model.x_embedder.weight
-    config = policy.config
+    weight, config = policy.vision_encoder.pos_embed, policy.config
     execution = "CUDA graphs" if weight.is_cuda else "packed layers" if can_pack(weight) else "eager"
     return EngineFacts(
         profile=profile,

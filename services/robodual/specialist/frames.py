@@ -41,7 +41,7 @@ class Frame:
 
 
 class Preparation:
-    """Makes encoder inputs of arrays, on one device and in one dtype."""
+    """Makes encoder inputs of arrays, on one device and in the encoders' dtype; all else is float32."""
 
     def __init__(self, config: SpecialistConfig, strategy: Strategy, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.strategy, self.device, self.dtype = config, strategy, device, dtype
@@ -75,9 +75,9 @@ class Preparation:
         pixels = self.to_device(squares).permute(0, 3, 1, 2).to(torch.float32).div_(255)
         return pixels.sub_(self._means).div_(self._deviations).to(self.dtype)
 
-    def vectors(self, values: Sequence[npt.NDArray[np.float32]], dtype: torch.dtype | None = None) -> Tensor:
-        """B arrays of one shape to [B, ...]."""
-        return self.to_device(torch.from_numpy(np.stack(values))).to(dtype or self.dtype)
+    def vectors(self, values: Sequence[npt.NDArray[np.float32]]) -> Tensor:
+        """B arrays of one shape to float32 [B, ...]."""
+        return self.to_device(torch.from_numpy(np.stack(values)))
 
     def flags(self, values: Sequence[bool]) -> Tensor:
         """Bool [B]."""

@@ -60,7 +60,6 @@ class Sampler:
         blocks = [block for block in denoiser.blocks if isinstance(block, Block)]
         self.blocks = [_fold(block) for block in blocks]
         weight = denoiser.x_embedder.weight
-        self.dtype = weight.dtype
         self.embed_reference = Linear(weight[:, :ACTION], denoiser.x_embedder.bias)
         self.embed_actions = Linear(weight[:, ACTION:])
         final = denoiser.final_layer
@@ -110,12 +109,12 @@ class Sampler:
         x = noise
         for step, table in zip(self.steps, modulation.unbind(0)):
             parts = table.unbind(1)  # each [B * G, 1, D]
-            h = self.embed_actions.add(base, x.to(self.dtype)).repeat_interleave(passes, dim=0)  # [B * G, 8, D]
+            h = self.embed_actions.add(base, x).repeat_interleave(passes, dim=0)  # [B * G, 8, D]
             for index, block in enumerate(self.blocks):
                 h = self._block(block, h, parts[PARTS * index : PARTS * (index + 1)], pairs[index], visible)
             shift, scale = parts[-2:]
             h = torch.addcmul(shift, F.layer_norm(h, (width,), eps=1e-6), scale)
-            eps = self.out(h).float()  # [B * G, 8, 7]
+            eps = self.out(h)  # [B * G, 8, 7]
             if guided:
                 free, guide = eps.view(batch, 2, CHUNK, ACTION).unbind(1)
                 eps = free + self.guidance_scale * (guide - free)
