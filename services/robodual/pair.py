@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from robodual.conditioning.valkey import EmbeddedServer
+from robodual.parent import end_with_parent
 from robodual.serving import settings_file
 from robodual.serving.probe import waiting_for
 from robodual.serving.settings import TABLES
@@ -157,7 +158,7 @@ class Pair:
             errors="replace",
             # Ctrl-C reaches this process alone, which then stops the services in order.
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
         self._processes[name] = process
         assert process.stdout is not None
@@ -215,11 +216,3 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def _end_with_parent() -> None:
-    import ctypes
-    import signal
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

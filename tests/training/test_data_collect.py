@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 pytest.importorskip("pybullet")
@@ -119,6 +123,22 @@ def test_records_say_what_was_asked_and_what_was_achieved(collected: tuple[Path,
     for record in records:
         assert [span["task"] for span in record["spans"]] == record["tasks"][: len(record["spans"])]
         assert not record["spans"] or record["spans"][-1]["end"] == record["last"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers finish what they began")
+def test_no_worker_outlives_a_run_that_was_killed(tmp_path: Path) -> None:
+    arguments = ["data", "collect", str(tmp_path / "split"), "--demonstrations", "50", "--workers", "2"]
+    run = subprocess.Popen([sys.executable, "-m", "robodual", *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("split/*.npz"))) < 20:  # they are at work
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = psutil.Process(run.pid).children(recursive=True)
+    assert len(workers) >= 2
+    run.kill()
+    run.wait()
+    _, left = psutil.wait_procs(workers, timeout=10)
+    assert not left
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from robodual.parent import end_with_parent
 from robodual.training.annotations import DatasetError, Span, write_annotations, write_array
 from robodual.training.demonstration import NUMBERS, Plan, Record, demonstrate, record_path
 from robodual.training.recording import Recording
@@ -74,7 +75,8 @@ def collect(
     records = {number: record for number in range(demonstrations) if (record := _finished(plan, number))}
     missing = [number for number in range(demonstrations) if number not in records]
     context = multiprocessing.get_context("spawn")  # a forked child would share the parent's threads and physics
-    with ProcessPoolExecutor(min(workers, max(len(missing), 1)), context) as pool:
+    count = min(workers, max(len(missing), 1))
+    with ProcessPoolExecutor(count, context, initializer=end_with_parent) as pool:
         futures = {pool.submit(demonstrate, plan, number): number for number in missing}
         try:
             for future in as_completed(futures):
