@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from robodual.generalist.decoding import decode
 from robodual.generalist.engine import GeneralistEngine, load_generalist
+from robodual.generalist.stepping import Stepper
 from robodual.profiles import PROFILES
 from robodual.specialist.encoder import Encoder
 from robodual.specialist.engine import SpecialistEngine, load_specialist
@@ -132,13 +133,20 @@ def specialist_stages(engine: SpecialistEngine, context_length: int) -> dict[str
     }
 
 
-def generalist_stages(engine: GeneralistEngine) -> dict[str, Callable[[], Any]]:
-    """Vision with the projector; the Llama over prompt and tokens; a conditioning."""
+def generalist_stages(engine: GeneralistEngine) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+    """Vision with the projector; a conditioning on either cache.
+
+    Also what is counted in the place of a stage: a graph that is replayed shows no operations.
+    """
     pixels, prompts = identity.inputs(engine, [generalist.frame()], [generalist.INSTRUCTION])
-    return {
-        "vision and projector": partial(engine.model.embed, pixels, prompts),
-        "a conditioning": partial(decode, engine.model, pixels, prompts, constrained=True),
-    }
+    conditioning = partial(decode, engine.model, pixels, prompts, constrained=True)
+    stages: dict[str, Callable[[], Any]] = {"vision and projector": partial(engine.model.embed, pixels, prompts)}
+    stages["a conditioning, dynamic cache"] = conditioning
+    if engine.stepper is None:
+        return stages, {}
+    name = f"a conditioning, static cache{', captured' if engine.captures else ''}"
+    stages[name] = partial(conditioning, stepper=engine.stepper)
+    return stages, {name: partial(conditioning, stepper=Stepper(engine.model, captures=False))}
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable[[], Any], float]]:
@@ -167,13 +175,17 @@ def synchronised(run: Callable[[], Any], device: torch.device) -> Callable[[], A
 
 
 def measured(
-    stages: Mapping[str, Callable[[], Any]], device: torch.device, dtype: torch.dtype, rounds: int
+    stages: Mapping[str, Callable[[], Any]],
+    counted: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
 ) -> tuple[list[Stage], float, float]:
-    """The stages, and the machine's rates: FLOPs and bytes a second."""
+    """The stages, and the machine's rates: FLOPs and bytes a second. `counted`: what is counted for some of them."""
     counters = {}
     for name, run in stages.items():
         with Counter() as counters[name]:
-            run()
+            counted.get(name, run)()
     machine = rates(device, dtype)
     runs = {**stages, **{name: run for name, (run, _) in machine.items()}}
     timed = {name: synchronised(run, device) for name, run in runs.items()}
@@ -210,12 +222,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.system == "specialist":
             engine = load_specialist(options.profile, device=options.device, dtype=options.dtype)
             device, dtype = engine.preparation.device, engine.preparation.dtype
-            stages = specialist_stages(engine, options.context_length)
+            stages, counted = specialist_stages(engine, options.context_length), {}
         else:
             thinker = load_generalist(options.profile, device=options.device, dtype=options.dtype, constrained=True)
             device, dtype = thinker.model.device, thinker.model.dtype
-            stages = generalist_stages(thinker)
-        found, arithmetic, bandwidth = measured(stages, device, dtype, options.rounds)
+            stages, counted = generalist_stages(thinker)
+        found, arithmetic, bandwidth = measured(stages, counted, device, dtype, options.rounds)
         if options.trace:
             trace(options.trace, list(stages.values())[-1], device)
     title = f"{options.system} {options.profile}, {device}, {dtype}, {options.threads} threads"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -21,16 +19,6 @@ from robodual.cli import app
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n"
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """A function that gives a benchmark's module, here and in the processes that it starts."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
-    threads = torch.get_num_threads()
-    yield lambda name: importlib.import_module(f"benchmarks.{name}")
-    torch.set_num_threads(threads)
 
 
 def test_help_lists_the_benchmarks_and_what_they_measure() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 
@@ -20,10 +20,9 @@ STRETCH = 60  # seconds, a look at each
     ids=["steady", "a leak", "a dip"],
 )
 def test_a_leak_is_told_from_what_an_allocator_gives_back_for_a_moment(
-    monkeypatch: pytest.MonkeyPatch, growth: float, dip: float, found: list[str]
+    load: Callable[[str], ModuleType], growth: float, dip: float, found: list[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    soak = importlib.import_module("benchmarks.soak")
+    soak = load("soak")
     record = soak.Record(STRETCH)
     record.began -= STRETCH
     for second in range(STRETCH):
