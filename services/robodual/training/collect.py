@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from robodual.parent import end_with_parent
 from robodual.training.annotations import DatasetError, Span, write_annotations, write_array
 from robodual.training.demonstration import NUMBERS, Plan, Record, demonstrate, record_path
+from robodual.training.pool import pool
 from robodual.training.recording import Recording
 from robodual_client.calvin.annotations import load as evaluation_sentences
 from robodual_client.calvin.sequences import CHAIN
@@ -74,18 +73,14 @@ def collect(
     plan = Plan(output, seed, noise, chain, {task: list(sentences[task]) for task in TASKS})
     records = {number: record for number in range(demonstrations) if (record := _finished(plan, number))}
     missing = [number for number in range(demonstrations) if number not in records]
-    context = multiprocessing.get_context("spawn")  # a forked child would share the parent's threads and physics
-    count = min(workers, max(len(missing), 1))
-    with ProcessPoolExecutor(count, context, initializer=end_with_parent) as pool:
-        futures = {pool.submit(demonstrate, plan, number): number for number in missing}
+    with pool(workers, len(missing)) as processes:
+        futures = {processes.submit(demonstrate, plan, number): number for number in missing}
         try:
             for future in as_completed(futures):
                 records[futures[future]] = record = future.result()
                 progress(record)
         except BrokenProcessPool:
             raise DatasetError(f"{output}: a worker process died; run the same command again to go on") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
     return _finish(output, [records[number] for number in sorted(records)])
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from robodual.images import STRATEGIES, Strategy, square
 from robodual.specialist.depth import resize
 from robodual.training.annotations import DatasetError
+from robodual.training.pool import pool
 from robodual.training.recording import Recording, step_name
 
 ALWAYS = ("rel_actions", "robot_obs", "scene_obs")
@@ -130,14 +130,11 @@ def build(
     missing = np.flatnonzero(~_done(folder, contents)) * PART
     done = len(steps) - sum(min(PART, len(steps) - int(first)) for first in missing)
     progress(done, len(steps))
-    with ProcessPoolExecutor(min(workers, max(len(missing), 1)), get_context("spawn")) as pool:
-        futures = [pool.submit(_write_part, split, folder, contents, int(first)) for first in missing]
-        try:
-            for future in as_completed(futures):
-                done += future.result()
-                progress(done, len(steps))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with pool(workers, len(missing)) as processes:
+        futures = [processes.submit(_write_part, split, folder, contents, int(first)) for first in missing]
+        for future in as_completed(futures):
+            done += future.result()
+            progress(done, len(steps))
     return contents
 
 
