@@ -41,8 +41,7 @@ def labels() -> dict[str, Any]:
     request = _REQUEST.get()
     if request is None:
         return {}
-    names = request.DESCRIPTOR.fields_by_name
-    counters = {name: getattr(request, name) for name in _COUNTERS if name in names}
+    counters = {name: getattr(request, name) for name in _COUNTERS if hasattr(request, name)}
     return {"session": request.session_id, **counters}
 
 

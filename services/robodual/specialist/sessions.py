@@ -73,9 +73,8 @@ class Session:
         self.client = 0  # who began the episode; 0: it did not say
         self._kept: list[Conditioned] = []
         self._draft: wire.ActResponse | None = None
-        self._reference: tuple[Conditioned, int, Array] | None = (
-            None  # made ahead: of which conditioning, at which step
-        )
+        # Made ahead: of which conditioning, at which step.
+        self._reference: tuple[Conditioned, int, Array] | None = None
 
     @property
     def progress(self) -> tuple[int, int]:
