@@ -53,7 +53,8 @@ class Batcher(Generic[Item, Answer]):
     """Runs `work` on batches in one thread of its own, which also runs whatever else needs the model.
 
     A batch is what is waiting when the thread is free: at most `max_batch` items, a session's second only after every
-    other session's first. There is no wait for a batch to fill. Items whose caller was cancelled or whose deadline has
+    other session's first. There is no wait for a batch to fill, and a session that is alone does not even wait for what
+    arrives together with its item. Items whose caller was cancelled or whose deadline has
     passed are dropped before they cost compute. Where a batch raises, its items run one by one, so that a bad one
     fails alone. Several engines have a batcher each, which share their metrics; `load` says which has least to do.
     """
@@ -69,6 +70,7 @@ class Batcher(Generic[Item, Answer]):
         self._count = 0
         metrics.queues.append(lambda: self._count)
         self._running: list[_Ticket[Item, Answer]] = []
+        self._alone: str | None = None  # the session that the last batch was of, if it was of one item
         self._calls = 0
         self._closed = False
         self._loop = asyncio.get_running_loop()
@@ -99,8 +101,11 @@ class Batcher(Generic[Item, Answer]):
         )
         self._waiting.setdefault(session, deque()).append(ticket)
         self._count += 1
-        # Not at once: what arrived together with this one joins its batch.
-        self._loop.call_soon(self._start)
+        if session == self._alone:
+            self._start()
+        else:
+            # Not at once: what arrived together with this one joins its batch.
+            self._loop.call_soon(self._start)
         try:
             return await ticket.done
         except asyncio.CancelledError:
@@ -147,7 +152,7 @@ class Batcher(Generic[Item, Answer]):
         self._running = self._take()
         if self._running:
             self._jobs.put(partial(self._run, self._running))
-            self._metrics.batch_size.observe(len(self._running))
+            self._alone = self._running[0].session if len(self._running) == 1 else None
 
     def _work_off(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -168,7 +173,11 @@ class Batcher(Generic[Item, Answer]):
             elif not ticket.over:
                 ticket.done.set_result(Done(answer, started - ticket.queued_at, computed))
         self._running = []
-        self._loop.call_soon(self._start)
+        self._loop.call_soon(self._go_on, len(answers))  # after those that have their answers now
+
+    def _go_on(self, size: int) -> None:
+        self._metrics.batch_size.observe(size)
+        self._start()
 
     def _take(self) -> list[_Ticket[Item, Answer]]:
         """The next batch: one item of each session in turn, those that nobody waits for any more left out."""
