@@ -3,18 +3,19 @@
     python -m benchmarks.generalist --rounds 20 --json generalist.json
     python -m benchmarks.generalist --profile toy --identity 200
 
-Loads the profile with random weights (or a checkpoint) once for each pair of quantisation and attention, and times
-whole conditionings: frame and instruction in, reference chunk and hidden states out. The plain way, one token a
-forward on a dynamic cache, the engine on such a cache, the engine, and the engine with a draft that is right (the best
-case) take turns. Decoding is constrained, so that random weights take as many forwards as trained ones, whose free
-decoding keeps to the layout by itself. What the machine cannot do is listed with the reason. With --identity it checks
-the tokens instead (identity.py).
+Loads the profile with its own weights, a checkpoint or random ones once for each pair of quantisation and attention,
+and times whole conditionings: frame and instruction in, reference chunk and hidden states out. The plain way, one token
+a forward on a dynamic cache, the engine without speculation, the engine on a dynamic cache, the engine, and the engine
+with a draft that is right (the best case) take turns. Decoding is constrained, so that random weights keep to the
+layout; their chunks are noise, in which hardly any guess is right, and those of trained ones are not. What the machine
+cannot do is listed with the reason. With --identity it checks the tokens instead (identity.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,11 +31,11 @@ from torch import Tensor
 from robodual.generalist.decoding import decode
 from robodual.generalist.engine import ATTENTIONS, GeneralistEngine, load_generalist
 from robodual.generalist.quantisation import QUANTISATIONS
-from robodual.generalist.tokens import decode_actions
-from robodual.profiles import PROFILES
+from robodual.generalist.tokens import ROW, decode_actions
+from robodual.profiles import PROFILES, shipped
 
 PACKAGES = ("torch", "transformers", "robodual")
-INSTRUCTION = "push the sliding door to the left side"
+FRAMES = 20  # that forwards are counted of
 GB = 1 << 30
 
 
@@ -42,9 +43,9 @@ GB = 1 << 30
 class Row:
     """One way to run the model: memory in bytes, times in milliseconds, forwards through the Llama of one conditioning.
 
-    `ratio` is the plain way's time by this one's; `dynamic` the median on a dynamic cache, `drafted` that with a draft
-    that is right. `peak_bytes` is the device's allocated memory at most while conditioning, on CUDA; `reason` says why
-    a row is empty.
+    `ratio` is the plain way's time by this one's; `single` the median without speculation, `dynamic` that on a dynamic
+    cache, `drafted` that with a draft that is right. `forwards` is a mean over some frames, one at a time. `peak_bytes`
+    is the device's allocated memory at most while conditioning, on CUDA; `reason` says why a row is empty.
     """
 
     quantisation: str
@@ -54,11 +55,12 @@ class Row:
     weight_bytes: int = 0
     peak_bytes: int | None = None
     plain: float = 0.0
+    single: float = 0.0
     dynamic: float = 0.0
     median: float = 0.0
     p99: float = 0.0
     ratio: float = 0.0
-    forwards: int = 0
+    forwards: float = 0.0
     drafted: float = 0.0
     seconds_to_load: float = 0.0
     reason: str = ""
@@ -67,31 +69,28 @@ class Row:
         if self.reason:
             return [self.quantisation, self.attention, f"not measured: {self.reason}", *[""] * (len(HEADER) - 3)]
         peak = "" if self.peak_bytes is None else f"{self.peak_bytes / GB:.3f}"
-        times = [f"{value:.1f}" for value in (self.plain, self.dynamic, self.median, self.p99)]
-        rest = [f"{self.ratio:.2f}", str(self.forwards), f"{self.drafted:.1f}", f"{self.seconds_to_load:.1f}"]
+        times = [f"{value:.1f}" for value in (self.plain, self.single, self.dynamic, self.median, self.p99)]
+        rest = [f"{self.ratio:.2f}", f"{self.forwards:.1f}", f"{self.drafted:.1f}", f"{self.seconds_to_load:.1f}"]
         return [self.quantisation, self.attention, self.dtype, f"{self.weight_bytes / GB:.3f}", peak, *times, *rest]
 
 
 HEADER = (
-    *("quantisation", "attention", "dtype", "weights GB", "peak GB", "plain ms", "dynamic ms"),
-    *("median ms", "p99 ms", "times faster", "forwards", "right draft ms", "load s"),
+    *("quantisation", "attention", "dtype", "weights GB", "peak GB", "plain ms", "no speculation ms"),
+    *("dynamic ms", "median ms", "p99 ms", "times faster", "forwards", "right draft ms", "load s"),
 )
 
 
-def frame() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-
-
-def forwards(engine: GeneralistEngine) -> int:
-    """Passes through the Llama that one conditioning takes, prefill included."""
-    return decode(
-        engine.model, *identity.inputs(engine, [frame()], [INSTRUCTION]), constrained=engine.constrained
-    ).forwards
+def forwards(engine: GeneralistEngine) -> float:
+    """Passes through the Llama that a conditioning takes, prefill included: the mean over some frames."""
+    way = partial(decode, engine.model, constrained=True, guessing=True, window=ROW)
+    frames, instructions = identity.glances(engine.facts.profile, FRAMES)
+    taken = [way(*identity.inputs(engine, [f], [i])).forwards for f, i in zip(frames, instructions)]
+    return statistics.mean(taken)
 
 
 def contenders(engine: GeneralistEngine, batch: int) -> dict[str, Callable[[], object]]:
     """Conditionings of `batch` frames; each ends on the host, so that nothing is left to wait for."""
-    frames, instructions = [frame()] * batch, [INSTRUCTION] * batch
+    frames, instructions = identity.glances(engine.facts.profile, batch)
 
     def plain() -> tuple[np.ndarray, list[Tensor]]:
         decoded = decode(engine.model, *identity.inputs(engine, frames, instructions), constrained=True, window=1)
@@ -99,9 +98,11 @@ def contenders(engine: GeneralistEngine, batch: int) -> dict[str, Callable[[], o
         return np.stack(actions), [hidden.to("cpu", torch.bfloat16) for hidden in decoded.hidden]
 
     drafts = list(plain()[0])
-    dynamic = GeneralistEngine(engine.model, engine.processor, engine.facts, constrained=True)
+    like = partial(GeneralistEngine, engine.model, engine.processor, engine.facts, constrained=True)
+    dynamic, single = like(), like(stepper=engine.stepper, speculation=False)
     return {
         "plain": plain,
+        "single": partial(single.think, frames, instructions),
         "dynamic": partial(dynamic.think, frames, instructions),
         "engine": partial(engine.think, frames, instructions),
         "drafted": partial(engine.think, frames, instructions, drafts),
@@ -134,7 +135,7 @@ def measured(options: argparse.Namespace, quantisation: str, attention: str, nam
         torch.cuda.reset_peak_memory_stats(engine.model.device)
         ways["engine"]()
         peak = torch.cuda.max_memory_allocated(engine.model.device)
-    plain, dynamic, own, drafted = measurement.interleave(ways, options.rounds)
+    plain, single, dynamic, own, drafted = measurement.interleave(ways, options.rounds)
     return Row(
         quantisation,
         attention,
@@ -143,6 +144,7 @@ def measured(options: argparse.Namespace, quantisation: str, attention: str, nam
         engine.facts.weight_bytes,
         peak,
         plain.median,
+        single.median,
         dynamic.median,
         own.median,
         own.p99,
@@ -156,7 +158,7 @@ def measured(options: argparse.Namespace, quantisation: str, attention: str, nam
 def load(options: argparse.Namespace, quantisation: str, attention: str) -> GeneralistEngine:
     return load_generalist(
         options.profile,
-        checkpoint=options.checkpoint,
+        checkpoint=options.checkpoint or shipped(options.profile, "generalist"),
         device=options.device,
         dtype=options.dtype,
         attention=attention,
@@ -182,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns 1 if nothing could be measured, a ratio has fallen or a token differs."""
     parser = argparse.ArgumentParser(prog="benchmarks.generalist", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="robodual-7b", choices=sorted(PROFILES))
-    parser.add_argument("--checkpoint", help="a folder or hub id; random weights without it")
+    parser.add_argument("--checkpoint", help="a folder or hub id; without it the profile's own weights, or random ones")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument("--quantisation", nargs="+", default=list(QUANTISATIONS), choices=QUANTISATIONS)
@@ -194,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--identity",
         type=int,
         metavar="PROMPTS",
-        help="instead: check the tokens of so many random prompts, with the first quantisation and attention",
+        help="instead: check the tokens of so many prompts, with the first quantisation and attention",
     )
     measurement.add_outputs(parser)
     options = parser.parse_args(argv)

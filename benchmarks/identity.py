@@ -12,6 +12,10 @@ from torch import Tensor
 
 from robodual.generalist.decoding import Decoded, decode
 from robodual.generalist.engine import GeneralistEngine
+from robodual.generalist.tokens import ROW
+from robodual.profiles import shipped
+from robodual_client.calvin import annotations
+from robodual_client.calvin.sequences import published
 
 WORDS = [
     *("push", "pull", "lift", "rotate", "place", "the", "red", "blue", "pink", "block"),
@@ -45,16 +49,34 @@ def inputs(
     return engine.processor.pixels(frames).to(device, engine.model.dtype), prompts
 
 
+def glances(profile: str, count: int, seed: int = 0) -> tuple[list[np.ndarray], list[str]]:
+    """Frames uint8 [200, 200, 3] and instructions: noise and random words, or for a profile that comes with weights the
+    first scenes of CALVIN's published sequences on the playtable, with their first tasks.
+    """
+    if shipped(profile, "generalist") is None:
+        random = np.random.default_rng(seed)
+        frames = [random.integers(0, 256, (200, 200, 3), dtype=np.uint8) for _ in range(count)]
+        return frames, [" ".join(random.choice(WORDS, random.integers(1, 10))) for _ in range(count)]
+    from robodual_client.playtable.environment import PlayTable  # which needs a simulator
+
+    env, instructions, sequences = PlayTable(), annotations.load(), published()[:count]
+    try:
+        scenes = [dict(zip(("robot_obs", "scene_obs"), sequence.observations())) for sequence in sequences]
+        frames = [env.reset(**scene)["rgb_obs"]["rgb_static"] for scene in scenes]
+    finally:
+        env.close()
+    return frames, [instructions[sequence.tasks[0]] for sequence in sequences]
+
+
 def check(engine: GeneralistEngine, count: int, seed: int = 0) -> list[Check]:
-    """Decodes `count` random frames and prompts in every way, constrained and free, with a dynamic cache and, where
-    the engine takes one, with a static.
+    """Decodes `count` frames and prompts (`glances`) in every way, constrained and free, with a dynamic cache and with
+    a static one, where the engine takes that.
 
     A kind's first row is one token a forward with a dynamic cache, the plain way, of which the rest are to give the
     same tokens.
     """
     random = np.random.default_rng(seed)
-    frames = [random.integers(0, 256, (200, 200, 3), dtype=np.uint8) for _ in range(count)]
-    sentences = [" ".join(random.choice(WORDS, random.integers(1, 10))) for _ in range(count)]
+    frames, sentences = glances(engine.facts.profile, count, seed)
     caches = {"": None} if engine.stepper is None else {"": None, "static cache, ": engine.stepper}
     checks: dict[str, Check] = {}
 
@@ -73,6 +95,8 @@ def check(engine: GeneralistEngine, count: int, seed: int = 0) -> list[Check]:
             for cache, stepper in caches.items():
                 add(f"{kind}, {cache}one token a forward", run(*given, window=1, stepper=stepper), tokens)
                 add(f"{kind}, {cache}separators guessed", run(*given, stepper=stepper), tokens)
+                guessed = run(*given, guessing=True, window=ROW, stepper=stepper)
+                add(f"{kind}, {cache}actions guessed", guessed, tokens)
                 for share, draft in drafts.items():
                     name = f"draft with {share:.0%} wrong" if share else "draft that is right"
                     add(f"{kind}, {cache}{name}", run(*given, drafts=draft, stepper=stepper), tokens)
@@ -81,6 +105,8 @@ def check(engine: GeneralistEngine, count: int, seed: int = 0) -> list[Check]:
             tokens = torch.cat(rows[start : start + BATCH])
             for cache, stepper in caches.items():
                 add(f"{kind}, {cache}batches of {BATCH}", run(*given, stepper=stepper), tokens)
+                guessed = run(*given, guessing=True, window=ROW, stepper=stepper)
+                add(f"{kind}, {cache}batches of {BATCH}, actions guessed", guessed, tokens)
     return list(checks.values())
 
 

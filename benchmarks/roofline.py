@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import generalist, identity, measurement, specialist
+from benchmarks import identity, measurement, specialist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -138,9 +138,9 @@ def generalist_stages(engine: GeneralistEngine) -> tuple[dict[str, Callable[[], 
 
     Also what is counted in the place of a stage: a graph that is replayed shows no operations.
     """
-    pixels, prompts = identity.inputs(engine, [generalist.frame()], [generalist.INSTRUCTION])
+    pixels, prompts = identity.inputs(engine, *identity.glances(engine.facts.profile, 1))
     conditioning = partial(decode, engine.model, pixels, prompts, constrained=True)
-    stages: dict[str, Callable[[], Any]] = {"vision and projector": partial(engine.model.embed, pixels, prompts)}
+    stages: dict[str, Callable[[], Any]] = {"vision and projector": partial(engine.model.see, pixels)}
     stages["a conditioning, dynamic cache"] = conditioning
     if engine.stepper is None:
         return stages, {}

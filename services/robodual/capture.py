@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
+import structlog
 import torch
 
+logger = structlog.get_logger(__name__)
+
+Key = TypeVar("Key", bound=Hashable)
 Outputs = TypeVar("Outputs")
 
 WARMUP = 3  # runs before a capture, so that libraries have chosen and allocated
@@ -25,7 +29,7 @@ class Recorder:
         self.renew()
 
     def renew(self) -> None:
-        """Once all graphs are dropped: those to come share new memory, since a pool without graphs may be gone."""
+        """Has the graphs to come share new memory, once all are dropped or one failed: a pool without may be gone."""
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs]:
@@ -46,3 +50,38 @@ class Recorder:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = function()
         return graph, outputs
+
+
+class Shapes(Generic[Key, Outputs]):
+    """The graphs of one function, a graph for each shape of what it works on."""
+
+    def __init__(self, record: Recorder, name: str, most: int) -> None:
+        """`name` is what the function does, for the log; a shape beyond `most` has no graph."""
+        self.works = True
+        self._record = record
+        self._name = name
+        self._most = most
+        self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._graphs
+
+    def find(self, key: Key, function: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs] | None:
+        """The graph of a shape and its outputs, captured from `function` when the shape first comes.
+
+        None where there is none: too many, or a driver or an operator that cannot be captured, once and for all.
+        """
+        if key not in self._graphs:
+            if not self.works or len(self._graphs) >= self._most:
+                return None
+            try:
+                self._graphs[key] = self._record(function)
+            except RuntimeError as error:  # slower, but as right
+                self.works = False
+                self._record.renew()
+                logger.warning(f"{self._name} without CUDA graphs", reason=str(error))
+        return self._graphs.get(key)
+
+    def clear(self) -> None:
+        """Drops them all."""
+        self._graphs.clear()

@@ -120,13 +120,15 @@ def test_tokens_are_the_same_in_every_way_to_decode(
     assert load("generalist").main([*arguments, "--threads", "1", "--identity", "2", "--json", str(record)]) == 0
 
     rows = {row["name"]: row for row in json.loads(record.read_text())["rows"]}
-    assert len(rows) == 28
+    assert len(rows) == 36
     assert all(row["identical"] == row["prompts"] == 2 for row in rows.values())
     forwards = {name: row["forwards"] / row["prompts"] for name, row in rows.items()}
     assert forwards["constrained, one token a forward"] == forwards["free, one token a forward"] == 64
-    for way in ("one token a forward", "separators guessed", "draft with 20% wrong", "batches of 8"):
+    ways = ("one token a forward", "separators guessed", "actions guessed", "draft with 20% wrong", "batches of 8")
+    for way in ways:
         assert forwards[f"constrained, static cache, {way}"] == forwards[f"constrained, {way}"]
     assert forwards["constrained, separators guessed"] == 57
+    assert forwards["constrained, actions guessed"] < 57
     assert forwards["constrained, draft that is right"] == 2
     assert 2 < forwards["constrained, draft with 20% wrong"] < 57
     assert "| constrained, separators guessed | 2 | 2 | 57.0 |" in capsys.readouterr().out

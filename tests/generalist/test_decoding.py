@@ -107,7 +107,7 @@ def taught() -> tuple[GeneralistEngine, np.ndarray, np.ndarray]:
     parameters = [parameter.requires_grad_() for parameter in llama.parameters()]
     prompt = torch.tensor(engine.processor.prompt("lift it"))
     with torch.no_grad():
-        embeddings, _ = engine.model.embed(engine.processor.pixels([frame]), [prompt])
+        embeddings, _ = engine.model.embed(engine.model.see(engine.processor.pixels([frame])), [prompt])
     optimiser = torch.optim.Adam(parameters, lr=3e-3)
     for _ in range(150):
         words = llama.get_input_embeddings()(target[None, :-1])

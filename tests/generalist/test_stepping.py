@@ -17,7 +17,11 @@ from robodual.generalist.engine import GeneralistEngine, load_generalist
 from robodual.generalist.model import Generalist, build, place_rotary, randomise
 from robodual.generalist.quantisation import quantisable, quantise
 from robodual.generalist.stepping import SLOTS, Stepper, suits
-from robodual.generalist.tokens import GENERATED
+from robodual.generalist.tokens import GENERATED, ROW
+from robodual.profiles import shipped
+from robodual_client.calvin.annotations import load
+from robodual_client.calvin.sequences import published
+from robodual_client.playtable.environment import PlayTable
 
 CPU = torch.device("cpu")
 SHORT, LONG = "lift it", "push the sliding door to the left side, and mind the " + "very " * 20 + "red block"
@@ -85,6 +89,39 @@ def test_drafts_right_and_wrong_cost_the_same_forwards_as_with_a_dynamic_cache(
     assert found.forwards == dynamic.forwards
     if constrained and window == GENERATED and not share:  # free, the separators that it does not say are wrong guesses
         assert found.forwards == 2
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("window", [2, ROW, 2 * ROW, GENERATED])
+def test_guesses_cost_the_same_forwards_as_with_a_dynamic_cache(
+    engine: GeneralistEngine, batch: str, constrained: bool, window: int
+) -> None:
+    given = engine.model, *inputs(engine, BATCHES[batch], seed=7)
+    plain = decode(*given, constrained=constrained, window=1)
+    dynamic = decode(*given, constrained=constrained, guessing=True, window=window)
+    found = decode(*given, constrained=constrained, guessing=True, window=window, stepper=Stepper(engine.model))
+    same(dynamic, plain)
+    same(found, plain)
+    assert found.forwards == dynamic.forwards <= plain.forwards
+
+
+def test_the_shipped_model_takes_about_a_fifth_of_the_forwards() -> None:
+    """Of frames of the playtable: a row is like the one before, and most of what follows a wrong guess is right."""
+    engine = load_generalist("playtable", checkpoint=shipped("playtable", "generalist"), device="cpu")
+    forwards = []
+    for sequence in published()[:12]:
+        env = PlayTable()
+        robot_obs, scene_obs = sequence.observations()
+        frame = env.reset(robot_obs=robot_obs, scene_obs=scene_obs)["rgb_obs"]["rgb_static"]
+        env.close()
+        pixels = engine.processor.pixels([frame])
+        given = engine.model, pixels, [torch.tensor(engine.processor.prompt(load()[sequence.tasks[0]]))]
+        plain = decode(*given, constrained=engine.constrained, window=1)
+        found = decode(*given, constrained=engine.constrained, guessing=True, window=ROW, stepper=engine.stepper)
+        same(found, plain)
+        forwards.append(found.forwards)
+    assert np.mean(forwards) < GENERATED / 4, forwards
 
 
 def test_a_shorter_prompt_after_a_longer_one_reads_nothing_of_it(engine: GeneralistEngine) -> None:
@@ -170,8 +207,8 @@ def test_a_gpu_replays_its_steps_and_gives_the_plain_tokens(constrained: bool) -
         given = pixels.cuda(), [prompt.cuda() for prompt in prompts]
         plain = decode(model, *given, constrained=constrained, window=1)
         draft = drafts(plain.tokens.cpu(), 0.1, model.config.language.vocabulary).cuda()
-        for drafted in (None, draft):
-            found = decode(model, *given, constrained=constrained, drafts=drafted, stepper=stepper)
+        for way in ({}, {"drafts": draft}, {"guessing": True, "window": ROW}):
+            found = decode(model, *given, constrained=constrained, **way, stepper=stepper)
             assert torch.equal(found.tokens, plain.tokens)
             for mine, other in zip(found.hidden, plain.hidden, strict=True):
                 torch.testing.assert_close(mine, other, rtol=0, atol=1e-3)

@@ -63,7 +63,7 @@ def test_vision_features_and_projection_match_the_published_ones(
 
 
 def test_prefill_logits_match_the_published_ones(case: Case, model: Generalist, pixels: torch.Tensor) -> None:
-    embeddings, _ = model.embed(pixels, [torch.from_numpy(case.recorded["input_ids"][0])])
+    embeddings, _ = model.embed(model.see(pixels), [torch.from_numpy(case.recorded["input_ids"][0])])
     logits = model.language_model(inputs_embeds=embeddings, logits_to_keep=1).logits
     close(logits[0, -1], case.recorded["prefill_last_logits"])
 

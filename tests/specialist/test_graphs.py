@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from robodual import graphs
 from robodual.capture import WARMUP
-from robodual.specialist import graphs
+from robodual.graphs import Graphs
 from robodual.specialist.config import SpecialistConfig
-from robodual.specialist.graphs import Graphs
 from robodual.specialist.policy import Policy
 from robodual.specialist.step import Inputs, Step
 
@@ -114,12 +114,17 @@ def inputs(batch: int, seed: int, device: str = "cpu", length: int = 4) -> Input
     )
 
 
-def agree(found: tuple[Tensor, Tensor], given: Inputs) -> bool:
+def captured(cuda: Cuda) -> Callable[[Inputs], tuple[Tensor, ...]]:
+    run = Graphs(lambda *tensors: cuda.function(Inputs(*tensors)), CPU, "steps run")
+    return lambda given: run(*vars(given).values())
+
+
+def agree(found: tuple[Tensor, ...], given: Inputs) -> bool:
     return all(torch.equal(one, other) for one, other in zip(found, Cuda._compute(given)))
 
 
 def test_a_replay_answers_its_own_inputs_and_its_answers_stay(cuda: Cuda) -> None:
-    run = Graphs(cuda.function, CPU)
+    run = captured(cuda)
     given = [inputs(batch, seed) for seed, batch in enumerate([1, 2, 1, 2, 1])]
     answers = [run(one) for one in given]
     assert cuda.calls == 2 * (WARMUP + 1), "each shape is run for its capture alone"
@@ -127,7 +132,7 @@ def test_a_replay_answers_its_own_inputs_and_its_answers_stay(cuda: Cuda) -> Non
 
 
 def test_a_missing_sensor_is_another_shape(cuda: Cuda) -> None:
-    run = Graphs(cuda.function, CPU)
+    run = captured(cuda)
     whole = inputs(1, 0)
     for one in (whole, replace(whole, maps=None, mask=None), replace(inputs(1, 1), maps=None, mask=None)):
         assert agree(run(one), one)
@@ -136,7 +141,7 @@ def test_a_missing_sensor_is_another_shape(cuda: Cuda) -> None:
 
 def test_shapes_beyond_those_that_are_kept_run_without_a_graph(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST", 1)
-    run = Graphs(cuda.function, CPU)
+    run = captured(cuda)
     for seed, batch in enumerate([1, 2, 2, 1]):
         one = inputs(batch, seed)
         assert agree(run(one), one)
@@ -145,7 +150,7 @@ def test_shapes_beyond_those_that_are_kept_run_without_a_graph(cuda: Cuda, monke
 
 def test_a_step_that_cannot_be_captured_runs_without_and_on_the_callers_stream(cuda: Cuda) -> None:
     cuda.capturable = False
-    run = Graphs(cuda.function, CPU)
+    run = captured(cuda)
     for seed in range(3):
         one = inputs(1, seed)
         assert agree(run(one), one)

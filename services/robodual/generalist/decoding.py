@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, LlamaModel
+from transformers import DynamicCache
 
-from robodual.generalist.greedy import chunk_layout, greedy
+from robodual.generalist.greedy import chunk_layout, greedy, standing_still
 from robodual.generalist.model import Generalist
 from robodual.generalist.stepping import Stepper
-from robodual.generalist.tokens import ACTION, GENERATED
-
-# Transformers 5.24 renamed the argument.
-CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+from robodual.generalist.tokens import ACTION, GENERATED, ROW
 
 
 @dataclass(frozen=True)
@@ -32,13 +28,13 @@ class Decoded:
 class _Sequence:
     """A batch of sequences inside the Llama: its cache, mask and positions, one longer with every token."""
 
-    def __init__(self, model: Generalist, embeddings: Tensor, mask: Tensor, *, padded: bool) -> None:
+    def __init__(self, model: Generalist, embeddings: Tensor, mask: Tensor | None, positions: Tensor) -> None:
+        """Of prompts; positions: int64 [B, T]."""
         self.model = model
         self.cache = DynamicCache(config=model.language_model.config)
-        # Without padding no mask is needed, and attention takes its fastest kernel.
-        self.mask = mask if padded else None
-        self.position = mask.sum(dim=1, keepdim=True)  # [B, 1], of the next token
-        self.prefill = self._forward(embeddings, (mask.cumsum(dim=1) - 1).clamp(min=0))
+        self.mask = mask
+        self.position = positions[:, -1:] + 1  # [B, 1], of the next token
+        self.prefill = model.read(embeddings, positions, mask, self.cache)
 
     def append(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N] -> their last hidden states [B, N, D], after the final norm."""
@@ -47,18 +43,9 @@ class _Sequence:
             self.mask = F.pad(self.mask, (0, count), value=True)
         positions = self.position + torch.arange(count, device=tokens.device)
         self.position = self.position + count
-        return self._forward(self.model.language_model.get_input_embeddings()(tokens), positions)
-
-    def _forward(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        output = self.model.language_model.model(
-            inputs_embeds=embeddings,
-            attention_mask=self.mask,
-            position_ids=positions,
-            use_cache=True,
-            **{CACHE: self.cache},
+        return self.model.read(
+            self.model.language_model.get_input_embeddings()(tokens), positions, self.mask, self.cache
         )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
 
     def drop(self, count: int) -> None:
         """Forgets the last `count` tokens."""
@@ -77,6 +64,7 @@ def decode(
     *,
     constrained: bool,
     drafts: Tensor | None = None,
+    guessing: bool = False,
     window: int = GENERATED,
     stepper: Stepper | None = None,
 ) -> Decoded:
@@ -92,51 +80,63 @@ def decode(
     where they belong; wherever the free tokens are well-formed both are the same.
 
     The tokens are those of one token a forward (`window` 1). A larger window feeds, after the last sure token, up to
-    window - 1 guesses in the same forward, and keeps the part that the network then says itself: separators are
-    guessed where they belong, so that they cost no forward of their own, and everything else from `drafts`, int64
-    [B, 64], the tokens that the caller expects (say, the last chunk moved on).
+    window - 1 guesses in the same forward, and keeps the part that the network then says itself. Separators are guessed
+    where they belong, so that they cost no forward of their own. Everything else is guessed too with `drafts`, int64
+    [B, 64], the tokens that the caller expects, or with `guessing`: at first as in the row before (consecutive actions
+    are alike), then as the network itself said in the last forward, after guesses that may have been wrong (Jacobi
+    decoding, arXiv 2305.10427; of action chunks, arXiv 2503.02310).
 
     stepper: the model's, for steps on a static cache; without, or where the device has no memory for them, the cache is
     dynamic. Window 1 without a stepper is the plain way, whose tokens all others give.
     """
-    embeddings, mask = model.embed(pixels, prompts)
-    sequence = _Sequence(model, embeddings, mask, padded=len({len(prompt) for prompt in prompts}) > 1)
-    layout = chunk_layout(model.config.tokens, model.device)
-    guesses = torch.where(layout < 0, drafts, layout) if drafts is not None else layout.repeat(len(prompts), 1)
-    pace = _Pace(window, constrained=constrained, drafted=drafts is not None)
-    first = greedy(model, sequence.prefill[:, -1:], layout[:1], constrained)  # [B, 1]
-    static = stepper is not None and stepper.start(
-        sequence.cache, mask, first, guesses, constrained=constrained, limit=window - 1
-    )
-    if stepper is not None and static:
+    images = model.see(pixels) if stepper is None else stepper.see(pixels)
+    embeddings, mask = model.embed(images, prompts)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    # Without padding no mask is needed, and attention takes its fastest kernel.
+    seen = mask if len({len(prompt) for prompt in prompts}) > 1 else None
+    prefill = None if stepper is None else stepper.read(embeddings, positions, seen)
+    sequence = None
+    if prefill is None:
+        sequence = _Sequence(model, embeddings, seen, positions)
+        prefill = sequence.prefill
+    ids = model.config.tokens
+    layout = chunk_layout(ids, model.device)
+    guesses = torch.where(layout < 0, standing_still(ids, model.device) if drafts is None else drafts, layout)
+    guesses = guesses.expand(len(prompts), -1).clone()
+    pace = _Pace(window, constrained, guessing or drafts is not None)
+    refining = pace.guessing and drafts is None
+    first = greedy(model, prefill[:, -1:], layout[:1], constrained)  # [B, 1]
+    if sequence is None:
+        assert stepper is not None
+        stepper.start(
+            first, guesses, constrained=constrained, refining=refining, window=window if pace.guessing else None
+        )
         tokens, hidden = _static(stepper, pace)
     else:
-        tokens, hidden = _dynamic(sequence, pace, first, guesses)
-    states = torch.cat([sequence.prefill, hidden], dim=1)  # [B, T + 63, D], padding in front
+        tokens, hidden = _dynamic(sequence, pace, first, guesses, refining)
+    states = torch.cat([prefill, hidden], dim=1)  # [B, T + 63, D], padding in front
     lengths = [len(prompt) + GENERATED - 1 for prompt in prompts]
     return Decoded(tokens, [row[-length:] for row, length in zip(states, lengths)], 1 + pace.steps)
 
 
+@dataclass
 class _Pace:
     """How many guesses each step feeds, and how many steps there were."""
 
-    def __init__(self, window: int, *, constrained: bool, drafted: bool) -> None:
-        self.constrained = constrained
-        self.steps = 0
-        self._window = window
-        self._guessed = [drafted or place % (ACTION + 1) == ACTION for place in range(GENERATED)]
+    window: int
+    constrained: bool
+    guessing: bool  # of actions too
+    steps: int = 0
 
     def ahead(self, sure: int) -> int:
         """The guesses to feed with the last of `sure` tokens."""
         self.steps += 1
-        ahead = 0
-        while ahead < self._window - 1 and sure + ahead < GENERATED - 1 and self._guessed[sure + ahead]:
-            ahead += 1
-        return ahead
+        most = min(self.window - 1, GENERATED - 1 - sure)
+        return most if self.guessing else min(most, int(sure % ROW == ACTION))
 
     def certain(self, sure: int, ahead: int) -> bool:
         """Whether the guesses are right without a look, which would wait for the device: none, or a forced token."""
-        return not ahead or (self.constrained and ahead == 1 and sure % (ACTION + 1) == ACTION)
+        return not ahead or (self.constrained and ahead == 1 and sure % ROW == ACTION)
 
 
 def _static(stepper: Stepper, pace: _Pace) -> tuple[Tensor, Tensor]:
@@ -149,8 +149,8 @@ def _static(stepper: Stepper, pace: _Pace) -> tuple[Tensor, Tensor]:
     return stepper.results()
 
 
-def _dynamic(sequence: _Sequence, pace: _Pace, first: Tensor, guesses: Tensor) -> tuple[Tensor, Tensor]:
-    """The same after the prefill and the first tokens [B, 1], with its cache."""
+def _dynamic(sequence: _Sequence, pace: _Pace, first: Tensor, guesses: Tensor, refining: bool) -> tuple[Tensor, Tensor]:
+    """The same after the first tokens [B, 1], with a sequence's cache."""
     model, layout = sequence.model, chunk_layout(sequence.model.config.tokens, sequence.model.device)
     hidden, tokens = [], first  # [B, sure]
     while (sure := tokens.shape[1]) < GENERATED:
@@ -165,4 +165,14 @@ def _dynamic(sequence: _Sequence, pace: _Pace, first: Tensor, guesses: Tensor) -
         sequence.drop(ahead - right)
         hidden.append(states[:, : right + 1])
         tokens = torch.cat([tokens, answers[:, : right + 1]], dim=1)
+        if refining:
+            _guess(guesses, sure + ROW, answers, layout)
+            _guess(guesses, sure, answers, layout)
     return tokens, torch.cat(hidden, dim=1)
+
+
+def _guess(guesses: Tensor, start: int, answers: Tensor, layout: Tensor) -> None:
+    """Puts answers [B, N] from `start` on in the place of guesses [B, 64], but for the separators and the end."""
+    there = slice(start, min(start + answers.shape[1], GENERATED))
+    answers = answers[:, : max(0, GENERATED - start)]
+    guesses[:, there] = torch.where(layout[there] < 0, answers, guesses[:, there])

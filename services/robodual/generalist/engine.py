@@ -20,7 +20,7 @@ from robodual.generalist.model import Generalist, build, randomise
 from robodual.generalist.processor import Processor
 from robodual.generalist.quantisation import check_quantisation, quantisable, quantise
 from robodual.generalist.stepping import Stepper, suits
-from robodual.generalist.tokens import ACTION, CHUNK, decode_actions, encode_actions
+from robodual.generalist.tokens import ACTION, CHUNK, GENERATED, ROW, decode_actions, encode_actions
 from robodual.generalist.weights import load_weights
 from robodual.profiles import PROFILES
 
@@ -52,12 +52,14 @@ class GeneralistEngine:
         *,
         constrained: bool,
         stepper: Stepper | None = None,
+        speculation: bool = True,
     ) -> None:
         self.model = model
         self.processor = processor
         self.facts = facts
         self.constrained = constrained
         self.stepper = stepper
+        self.speculation = speculation
         self.captures = stepper is not None and stepper.captures  # a graph for each batch size and padded length
         self.width = model.config.language.width
 
@@ -88,7 +90,14 @@ class GeneralistEngine:
             rows = [encode_actions(np.zeros((CHUNK, ACTION)) if draft is None else draft, tokens) for draft in drafts]
             expected = torch.from_numpy(np.stack(rows)).to(device)
         decoded = decode(
-            self.model, pixels, prompts, constrained=self.constrained, drafts=expected, stepper=self.stepper
+            self.model,
+            pixels,
+            prompts,
+            constrained=self.constrained,
+            drafts=expected,
+            guessing=self.speculation,
+            window=ROW if expected is None else GENERATED,
+            stepper=self.stepper,
         )
         thoughts = []
         for ids, hidden in zip(decoded.tokens.cpu().numpy(), decoded.hidden):
@@ -109,6 +118,7 @@ def load_generalist(
     attention: str = "auto",
     quantisation: str = "none",
     constrained: bool | None = None,
+    speculation: bool = True,
 ) -> GeneralistEngine:
     """The engine of a profile: with a checkpoint's weights, or random ones that follow from `seed`.
 
@@ -118,7 +128,8 @@ def load_generalist(
     device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N". dtype: "auto" (bfloat16 on CUDA, float32
     elsewhere) or a name of `DTYPES`. attention: one of `ATTENTIONS`, for the Llama's prompt; its steps after it take
     sdpa, but for "eager". quantisation: one of `QUANTISATIONS`, for the Llama's layers. constrained: whether
-    decoding keeps to the layout of 8 x 7 actions; None leaves it to the profile.
+    decoding keeps to the layout of 8 x 7 actions; None leaves it to the profile. speculation: whether a forward checks
+    guesses of the next actions (`decode`): the same tokens in fewer forwards.
 
     Raises:
         CheckpointError: naming the file and the fix, for a checkpoint that cannot be used.
@@ -154,6 +165,7 @@ def load_generalist(
     details = {
         "attention": chosen,
         "decoding": "constrained" if restricted else "free",
+        "speculation": "on" if speculation else "off",
         "quantisation": quantisation,
         "adapters": ", ".join(folder.name for folder in adapters) + apart or "none",
         "image_resize_strategy": config.images.strategy,
@@ -169,7 +181,7 @@ def load_generalist(
         weight_bytes=count_weight_bytes(model),
         details=details,
     )
-    return GeneralistEngine(model, processor, facts, constrained=restricted, stepper=stepper)
+    return GeneralistEngine(model, processor, facts, constrained=restricted, stepper=stepper, speculation=speculation)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from robodual.generalist.config import TokenConfig
 from robodual.generalist.model import Generalist
-from robodual.generalist.tokens import ACTION, CHUNK, GENERATED
+from robodual.generalist.tokens import ACTION, CHUNK, GENERATED, encode_actions
 
 
 @functools.lru_cache(maxsize=16)
@@ -20,6 +21,12 @@ def chunk_layout(ids: TokenConfig, device: torch.device) -> Tensor:
     places[:, ACTION] = ids.separator
     places[-1, ACTION] = ids.eos
     return places.view(GENERATED)
+
+
+@functools.lru_cache(maxsize=16)
+def standing_still(ids: TokenConfig, device: torch.device) -> Tensor:
+    """int64 [64], not to be changed: the chunk of a robot that does not move, for want of a better guess."""
+    return torch.from_numpy(encode_actions(np.zeros((CHUNK, ACTION)), ids)).to(device)
 
 
 def greedy(model: Generalist, hidden: Tensor, layout: Tensor, constrained: bool) -> Tensor:

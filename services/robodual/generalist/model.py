@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import zlib
 from collections.abc import Sequence
@@ -11,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from robodual.generalist.config import GeneralistConfig, LanguageConfig
 from robodual.generalist.vision import VisionBackbone
 
 BLOCK = 1_000_003  # a prime
+# Transformers 5.24 renamed the argument.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 class Projector(nn.Module):
@@ -48,14 +51,18 @@ class Generalist(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.projector.fc1.weight.dtype
 
-    def embed(self, pixels: Tensor, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def see(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 6, S, S] -> the P image tokens of each frame, embedded, [B, P, D]."""
+        images: Tensor = self.projector(self.vision_backbone(pixels))
+        return images
+
+    def embed(self, images: Tensor, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Input of the Llama for a batch of frames and prompts.
 
-        pixels: [B, 6, S, S]; prompts: B vectors of token ids, BOS first. Returns embeddings [B, T, D] and a mask
-        [B, T] that is True where they count: the P image tokens of a frame follow its BOS, and rows shorter than the
-        longest are padded on the left.
+        images: what `see` gives; prompts: B vectors of token ids, BOS first. Returns embeddings [B, T, D] and a mask
+        [B, T] that is True where they count: a frame's tokens follow its BOS, and rows shorter than the longest are
+        padded on the left.
         """
-        images = self.projector(self.vision_backbone(pixels))  # [B, P, D]
         lookup = self.language_model.get_input_embeddings()
         rows = []
         for image, prompt in zip(images, prompts):
@@ -66,6 +73,22 @@ class Generalist(nn.Module):
             pad_sequence(rows, batch_first=True, padding_side="left"),
             pad_sequence(ones, batch_first=True, padding_side="left"),
         )
+
+    def read(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:
+        """One pass of the Llama over N more tokens: their last hidden states [B, N, D], after the final norm.
+
+        embeddings: [B, N, D]; positions: int64 [B, N]; mask: bool [B, all so far], False where a row is padded, or None
+        where none is, with which attention takes its fastest kernel; cache: the keys and values, to which it adds.
+        """
+        output = self.language_model.model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **{CACHE: cache},
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
 
 def llama_config(config: LanguageConfig, attention: str) -> LlamaConfig:

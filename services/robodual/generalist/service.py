@@ -189,6 +189,7 @@ def _load_on(device: str, settings: GeneralistSettings) -> GeneralistEngine:
             attention=settings.attention,
             quantisation=settings.quantisation,
             constrained=settings.constrained,
+            speculation=settings.speculation,
         )
     except torch.OutOfMemoryError as error:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Decoding steps on a static key-value cache: on a GPU a step is captured whole, and is then one launch.
+"""Decoding on a static key-value cache: on a GPU frames, prompts and steps are captured, and are then one launch each.
 
 The plain way (decoding.py) makes its cache longer at every step, so that no two steps are alike, and a GPU waits for
 the launches of their kernels. Here a step reads where it is from the device and leaves there what it has found: its
@@ -21,14 +21,16 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from robodual.capture import Recorder
+from robodual.capture import Recorder, Shapes
 from robodual.generalist.greedy import chunk_layout, greedy
 from robodual.generalist.model import Generalist
-from robodual.generalist.tokens import GENERATED
+from robodual.generalist.tokens import GENERATED, ROW
+from robodual.graphs import Graphs
 
 logger = structlog.get_logger(__name__)
 
-MOST = 128  # graphs kept: two for each size of a batch and length of a cache; a shape beyond them runs without
+MOST = 128  # graphs kept of steps: one or two for each size of a batch and length of a cache
+MOST_PROMPTS = 64  # and of prompts, for each size of a batch and length; a shape beyond them runs without
 SLOTS = 64  # a cache is as long as a multiple of it, so that prompts of similar lengths share their graphs
 LAST = GENERATED - 1  # the end token is never fed: what lies beyond the chunk is put in its place, where nobody reads
 
@@ -47,71 +49,108 @@ class _State:
     limit: Tensor  # int64 [1], guesses of a step that may count
     every: Tensor  # int64 [M], the slots' numbers
     layout: Tensor  # int64 [64] (greedy.py); here, since a graph does not keep what it reads alive
+    prompts: Tensor  # [B, M, D], embedded
+    read: Tensor  # [B, M, D], their hidden states
 
 
 class Stepper:
     """Decodes by static steps with one model; one thread calls, and one batch is in it at a time.
 
     On CUDA each shape of a step (sequences, new tokens, length of the cache) is captured when it first comes, and
-    replayed from then on: the model's modules and their memory must stay, their values may change. A captured step is
-    filled up to a power of two of new tokens, so that drafts need few shapes.
+    replayed from then on: the model's modules and their memory must stay, their values may change. So are the passes
+    over frames and over prompts of one length; prompts of different lengths are read uncaptured.
     """
 
     def __init__(self, model: Generalist, *, captures: bool | None = None) -> None:
-        """captures: whether steps are captured; None: on CUDA."""
-        self.captures = model.device.type == "cuda" if captures is None else captures
+        """captures: whether passes are captured; None: on CUDA."""
         self._model = model
-        self._record = Recorder(model.device) if self.captures else None
         self._storage = torch.empty(0, dtype=model.dtype, device=model.device)  # of keys and values, for every shape
         self._too_large = math.inf
         self._states: dict[tuple[int, int], _State] = {}
-        self._graphs: dict[tuple[int, int, int, bool], torch.cuda.CUDAGraph] = {}
+        self._record: Recorder | None = None
+        if model.device.type == "cuda" if captures is None else captures:
+            self._record = Recorder(model.device)
+            self._seen = Graphs(lambda pixels: (model.see(pixels),), model.device, "frames are seen")
+            self._prompts = Shapes[tuple[int, int], None](self._record, "prompts are read", MOST_PROMPTS)
+            self._steps = Shapes[tuple[int, int, int, bool, bool], None](self._record, "decoding runs", MOST)
         # The batch that is in it.
         self._state: _State
         self._constrained: bool
+        self._refining: bool
+        self._count: int | None
 
-    def start(
-        self, cache: DynamicCache, mask: Tensor, first: Tensor, guesses: Tensor, *, constrained: bool, limit: int
-    ) -> bool:
-        """Takes over a batch after its prefill; False if the device has no memory for its keys and values.
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured."""
+        return self._record is not None and self._steps.works
 
-        cache: the prompts' keys and values. mask: bool [B, T], False where a prompt is padded, in front. first: int64
-        [B, 1], the first tokens. guesses: int64 [B, 64], of which a step takes at most `limit`, and the first and
-        last none.
+    def see(self, pixels: Tensor) -> Tensor:
+        """`Generalist.see`."""
+        return self._model.see(pixels) if self._record is None else self._seen(pixels)[0]
+
+    def read(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Takes over a batch: its prompts' keys and values, by `Generalist.read`, and their hidden states [B, T, D].
+
+        None if the device has no memory for its keys and values.
         """
-        batch, length = mask.shape
+        batch, length, _ = embeddings.shape
         slots = -(-(length + GENERATED) // SLOTS) * SLOTS
         state = self._find(batch, slots)
         if state is None:
-            return False
-        for keys, values, layer in zip(state.keys, state.values, cast(list[DynamicLayer], cache.layers), strict=True):
-            keys[:, :, :length].copy_(layer.keys)
-            values[:, :, :length].copy_(layer.values)
+            return None
         # What is masked counts 0 times, and 0 times an old infinity is not 0.
         state.keys[..., length:, :].zero_()
         state.values[..., length:, :].zero_()
+        state.length.fill_(length)
+        state.padding.copy_(length - 1 - positions[:, -1:])
+        self._state = state
+        found = None
+        if self._record is not None and mask is None:
+            state.prompts[:, :length] = embeddings
+            own, places = state.prompts[:, :length], state.every[:length].expand(batch, length)
+            found = self._prompts.find((batch, length), lambda: _read(self._model, state, own, places, None))
+        if found is None:
+            _read(self._model, state, embeddings, positions, mask)
+        else:
+            found[0].replay()
+        return state.read[:, :length].clone()
+
+    def start(self, first: Tensor, guesses: Tensor, *, constrained: bool, refining: bool, window: int | None) -> None:
+        """Begins with the steps of the batch that was read.
+
+        first: int64 [B, 1], the first tokens. guesses: int64 [B, 64], the first and last of which are not read; a step
+        takes less than `window` of them, or with None separators alone. refining: whether what a step says is the guess
+        of the next.
+        """
+        state = self._state
         state.tokens[:, :1] = first
         state.tokens[:, 1:LAST] = guesses[:, 1:LAST]
         state.tokens[:, LAST:] = -1
         state.place.zero_()
-        state.length.fill_(length)
-        state.padding.copy_(length - mask.sum(dim=1, keepdim=True))
-        state.limit.fill_(limit)
-        self._state, self._constrained = state, constrained
-        return True
+        state.limit.fill_((window or GENERATED) - 1)
+        self._constrained, self._refining = constrained, refining
+        self._count = window
 
     def step(self, count: int) -> None:
         """Feeds the last sure token and the count - 1 guesses after it; those that were right become sure, and one more
         token. Does not wait for the device.
         """
-        if self.captures:
-            count = 1 << (count - 1).bit_length()
-        batch, slots = self._state.tokens.shape[0], self._state.keys.shape[3]
-        graph = self._captured((batch, count, slots, self._constrained))
-        if graph is None:
-            _step(self._model, self._state, count, self._constrained)
+        if self.captures and self._count is not None:
+            count = self._count  # one shape: what is beyond the chunk does no harm
+        model, state, constrained, refining = self._model, self._state, self._constrained, self._refining
+        found = None
+        if self._record is not None:
+            key = state.tokens.shape[0], count, state.keys.shape[3], constrained, refining
+            # The runs before a capture are steps too, which the next ones write over once they are taken back.
+            before = (state.place.clone(), state.tokens.clone()) if key not in self._steps else None
+            found = self._steps.find(key, lambda: _step(model, state, count, constrained, refining))
+            if before is not None:
+                state.place.copy_(before[0])
+                state.tokens.copy_(before[1])
+        if found is None:
+            _step(model, state, count, constrained, refining)
         else:
-            graph.replay()
+            found[0].replay()
 
     def sure(self) -> int:
         """How many tokens are sure by now. Waits for the device."""
@@ -142,6 +181,8 @@ class Stepper:
                 limit=one.clone(),
                 every=torch.arange(slots, device=device),
                 layout=chunk_layout(self._model.config.tokens, device),
+                prompts=torch.zeros((batch, slots, config.width), dtype=dtype, device=device),
+                read=torch.zeros((batch, slots, config.width), dtype=dtype, device=device),
             )
         return self._states[batch, slots]
 
@@ -156,27 +197,11 @@ class Stepper:
             return False
         self._storage = storage
         self._states.clear()
-        self._graphs.clear()  # they write to the old memory
         if self._record is not None:
+            self._prompts.clear()  # they write to the old memory
+            self._steps.clear()
             self._record.renew()
         return True
-
-    def _captured(self, key: tuple[int, int, int, bool]) -> torch.cuda.CUDAGraph | None:
-        if key not in self._graphs:
-            if self._record is None or len(self._graphs) >= MOST:
-                return None
-            state, (_, count, _, constrained) = self._state, key
-            # The runs before a capture are steps too, which the next ones write over once they are taken back.
-            before = state.place.clone(), state.tokens.clone()
-            try:
-                graph, _ = self._record(lambda: _step(self._model, state, count, constrained))
-                self._graphs[key] = graph
-            except RuntimeError as error:  # a driver or an operator that cannot be captured: slower, but as right
-                self._record, self.captures = None, False
-                logger.warning("decoding runs without CUDA graphs", reason=str(error))
-            state.place.copy_(before[0])
-            state.tokens.copy_(before[1])
-        return self._graphs.get(key)
 
 
 def suits(model: Generalist) -> bool:
@@ -189,8 +214,19 @@ def suits(model: Generalist) -> bool:
     return not foreign and model.language_model.config._attn_implementation != "eager"
 
 
-def _step(model: Generalist, state: _State, count: int, constrained: bool) -> None:
+def _read(model: Generalist, state: _State, embeddings: Tensor, positions: Tensor, mask: Tensor | None) -> None:
+    """The pass over prompts [B, T, D], whose keys and values then stand in front."""
+    cache, length = DynamicCache(config=model.language_model.config), embeddings.shape[1]
+    state.read[:, :length] = model.read(embeddings, positions, mask, cache)
+    for keys, values, layer in zip(state.keys, state.values, cast(list[DynamicLayer], cache.layers), strict=True):
+        keys[:, :, :length] = cast(Tensor, layer.keys)
+        values[:, :, :length] = cast(Tensor, layer.values)
+
+
+def _step(model: Generalist, state: _State, count: int, constrained: bool, refining: bool) -> None:
     """One step of `count` new tokens a sequence: the last sure one and guesses, of which it keeps those that are right.
+
+    With `refining`, what it says after a wrong one becomes the guess there, and a row on.
 
     The linear layers are the model's own, whatever they have become (quantised, adapted); norms and rotation are its
     formulas in fewer kernels, whose number is what a captured step of a small batch costs beside its weights.
@@ -217,15 +253,23 @@ def _step(model: Generalist, state: _State, count: int, constrained: bool) -> No
     following = state.place + 1 + ahead  # [N], of the answers
     layout = state.layout.index_select(0, following.clamp(max=LAST))
     answers = greedy(model, x, layout, constrained)  # [B, N]
-    following = following.clamp(max=GENERATED)
+    places = following.clamp(max=GENERATED)
     if count == 1:
-        state.tokens.index_copy_(1, following, answers)
+        state.tokens.index_copy_(1, places, answers)
         state.place.add_(1)
         return
-    guesses = state.tokens.index_select(1, following)
+    guesses = state.tokens.index_select(1, places)
     right = (answers == guesses).all(dim=0) & (ahead < state.limit)  # for all sequences: they share their place
     kept = F.pad(right[:-1], (1, 0), value=True).cumprod(dim=0)  # an answer counts if all tokens before it were right
-    state.tokens.index_copy_(1, following, torch.where(kept.bool(), answers, guesses))
+    better = kept.bool()
+    if refining:
+        beyond = (following + ROW).clamp(max=GENERATED)
+        theirs = state.layout.index_select(0, beyond.clamp(max=LAST))
+        there = state.tokens.index_select(1, beyond)
+        # Separators and the end, which the layout knows, stay as they are guessed.
+        state.tokens.index_copy_(1, beyond, torch.where(theirs < 0, answers, there))
+        better |= layout < 0
+    state.tokens.index_copy_(1, places, torch.where(better, answers, guesses))
     state.place.add_(kept.sum())
 
 

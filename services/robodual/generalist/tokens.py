@@ -13,7 +13,8 @@ from robodual.generalist.config import TokenConfig
 
 CHUNK = 8
 ACTION = 7
-GENERATED = CHUNK * (ACTION + 1)
+ROW = ACTION + 1  # an action and what separates it from the next
+GENERATED = CHUNK * ROW
 
 
 def bin_centres(bins: int) -> npt.NDArray[np.float64]:

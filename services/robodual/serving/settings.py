@@ -157,6 +157,7 @@ class GeneralistSettings(Settings):
     attention: str = Field("auto", description="auto, sdpa, flash_attention_2 or eager")
     quantisation: str = Field("none", description="none, int8, fp8 or nf4")
     constrained: bool | None = Field(None, description="decoding keeps to 8 x 7 actions; by default the profile's")
+    speculation: bool = Field(True, description="several tokens a forward where guesses were right; the same tokens")
     port: Port = 50051
     http_port: Port = 8051
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from robodual.device import choose
 from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, device_memory, hash_state_dict
+from robodual.graphs import Graphs
 from robodual.images import Strategy
 from robodual.profiles import PROFILES
 from robodual.specialist.checkpoint import load
 from robodual.specialist.frames import Frame, Preparation
-from robodual.specialist.graphs import Graphs
 from robodual.specialist.packing import can_pack
 from robodual.specialist.policy import Policy
 from robodual.specialist.step import Inputs, Step
@@ -84,8 +84,8 @@ class SpecialistEngine:
         self.captures = weight.is_cuda  # a graph for each batch size and padded length
         with torch.inference_mode():
             self._step = Step(policy)
-        self._run: Callable[[Inputs], tuple[Tensor, Tensor]] = (
-            Graphs(self._step, weight.device) if self.captures else self._step
+        self._graphs = (
+            Graphs(lambda *inputs: self._step(Inputs(*inputs)), weight.device, "steps run") if self.captures else None
         )
 
     @torch.inference_mode()
@@ -109,7 +109,8 @@ class SpecialistEngine:
         """
         if not requests:
             return []
-        chunks, following = self._run(self._gather(requests))
+        inputs = self._gather(requests)
+        chunks, following = self._step(inputs) if self._graphs is None else self._graphs(*vars(inputs).values())
         # A copy, so that a session keeps its own few kilobytes and not the batch's.
         kept = [Features(latents.clone()) for latents in following]
         return [Answer(chunk, features) for chunk, features in zip(chunks.cpu().numpy(), kept)]

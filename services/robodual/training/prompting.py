@@ -53,7 +53,7 @@ class Forced:
 def force(model: Generalist, batch: Prompts) -> Forced:
     """One forward pass over prompts and targets."""
     rows = [torch.cat((prompt, target)) for prompt, target in zip(batch.prompts, batch.targets)]
-    embeddings, mask = model.embed(batch.pixels.to(model.dtype), rows)
+    embeddings, mask = model.embed(model.see(batch.pixels.to(model.dtype)), rows)
     output = model.language_model.model(
         inputs_embeds=embeddings,
         attention_mask=mask,
