@@ -125,7 +125,7 @@ def test_tokens_are_the_same_in_every_way_to_decode(
     forwards = {name: row["forwards"] / row["prompts"] for name, row in rows.items()}
     assert forwards["constrained, one token a forward"] == forwards["free, one token a forward"] == 64
     ways = ("one token a forward", "separators guessed", "actions guessed", "draft with 20% wrong", "batches of 8")
-    for way in ways:
+    for way in ways:  # of which only batches with guesses take fewer on a static cache
         assert forwards[f"constrained, static cache, {way}"] == forwards[f"constrained, {way}"]
     assert forwards["constrained, separators guessed"] == 57
     assert forwards["constrained, actions guessed"] < 57

@@ -69,7 +69,7 @@ def test_static_steps_give_the_plain_tokens_and_states(engine: GeneralistEngine,
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("window", [4, GENERATED])
-def test_drafts_right_and_wrong_cost_the_same_forwards_as_with_a_dynamic_cache(
+def test_drafts_right_and_wrong_cost_no_more_forwards_than_with_a_dynamic_cache(
     engine: GeneralistEngine, batch: str, constrained: bool, share: float, window: int
 ) -> None:
     pixels, prompts = inputs(engine, BATCHES[batch], seed=1)
@@ -86,7 +86,8 @@ def test_drafts_right_and_wrong_cost_the_same_forwards_as_with_a_dynamic_cache(
         stepper=Stepper(engine.model),
     )
     same(found, plain)
-    assert found.forwards == dynamic.forwards
+    # With a dynamic cache the sequences of a batch go on from the place of the last.
+    assert found.forwards == dynamic.forwards if batch == "one" else found.forwards <= dynamic.forwards
     if constrained and window == GENERATED and not share:  # free, the separators that it does not say are wrong guesses
         assert found.forwards == 2
 
@@ -94,7 +95,7 @@ def test_drafts_right_and_wrong_cost_the_same_forwards_as_with_a_dynamic_cache(
 @pytest.mark.parametrize("constrained", [True, False])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("window", [2, ROW, 2 * ROW, GENERATED])
-def test_guesses_cost_the_same_forwards_as_with_a_dynamic_cache(
+def test_guesses_cost_no_more_forwards_than_with_a_dynamic_cache(
     engine: GeneralistEngine, batch: str, constrained: bool, window: int
 ) -> None:
     given = engine.model, *inputs(engine, BATCHES[batch], seed=7)
@@ -103,7 +104,25 @@ def test_guesses_cost_the_same_forwards_as_with_a_dynamic_cache(
     found = decode(*given, constrained=constrained, guessing=True, window=window, stepper=Stepper(engine.model))
     same(dynamic, plain)
     same(found, plain)
-    assert found.forwards == dynamic.forwards <= plain.forwards
+    assert found.forwards <= dynamic.forwards <= plain.forwards
+    if batch == "one":
+        assert found.forwards == dynamic.forwards
+
+
+def test_a_sequence_of_a_batch_does_not_wait_for_another(engine: GeneralistEngine) -> None:
+    pixels, prompts = inputs(engine, [SHORT] * 2, seed=8)
+    plain = decode(engine.model, pixels, prompts, constrained=True, window=1)
+    draft = plain.tokens.clone()
+    draft[0, 3:30:3] += 1
+    draft[1, 33:60:3] += 1
+    arguments = {"constrained": True, "drafts": draft, "stepper": Stepper(engine.model)}
+    both = decode(engine.model, pixels, prompts, **arguments)
+    same(both, plain)
+    single = [
+        decode(engine.model, pixels[n : n + 1], prompts[:1], **{**arguments, "drafts": draft[n : n + 1]}).forwards
+        for n in range(2)
+    ]
+    assert both.forwards == max(single) < sum(single) - 4
 
 
 def test_the_shipped_model_takes_about_a_fifth_of_the_forwards() -> None:

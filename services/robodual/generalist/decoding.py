@@ -134,9 +134,9 @@ class _Pace:
         most = min(self.window - 1, GENERATED - 1 - sure)
         return most if self.guessing else min(most, int(sure % ROW == ACTION))
 
-    def certain(self, sure: int, ahead: int) -> bool:
+    def certain(self, ahead: int) -> bool:
         """Whether the guesses are right without a look, which would wait for the device: none, or a forced token."""
-        return not ahead or (self.constrained and ahead == 1 and sure % ROW == ACTION)
+        return not ahead or (self.constrained and not self.guessing)
 
 
 def _static(stepper: Stepper, pace: _Pace) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ def _static(stepper: Stepper, pace: _Pace) -> tuple[Tensor, Tensor]:
     while sure < GENERATED:
         ahead = pace.ahead(sure)
         stepper.step(ahead + 1)
-        sure = sure + ahead + 1 if pace.certain(sure, ahead) else stepper.sure()
+        sure = sure + ahead + 1 if pace.certain(ahead) else stepper.sure()
     return stepper.results()
 
 
@@ -159,7 +159,7 @@ def _dynamic(sequence: _Sequence, pace: _Pace, first: Tensor, guesses: Tensor, r
         states = sequence.append(torch.cat([tokens[:, -1:], guess], dim=1))
         answers = greedy(model, states, layout[sure : sure + ahead + 1], pace.constrained)
         right = ahead
-        if not pace.certain(sure, ahead):
+        if not pace.certain(ahead):
             agree = (answers[:, :ahead] == guess).all(dim=0)
             right = int(agree.cumprod(dim=0).sum())
         sequence.drop(ahead - right)

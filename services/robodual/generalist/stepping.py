@@ -43,7 +43,7 @@ class _State:
     values: Tensor  # the same
     tokens: Tensor  # int64 [B, 65]: the sure ones, then the guesses, -1 for none; the last column is for what is beyond
     hidden: Tensor  # [B, 64, D], of the tokens fed
-    place: Tensor  # int64 [1], the last sure token's in the chunk
+    place: Tensor  # int64 [B, 1], the last sure token's in the chunk
     length: Tensor  # int64 [1], slots of the prompt, padding included
     padding: Tensor  # int64 [B, 1], slots in front that do not count
     limit: Tensor  # int64 [1], guesses of a step that may count
@@ -153,8 +153,8 @@ class Stepper:
             found[0].replay()
 
     def sure(self) -> int:
-        """How many tokens are sure by now. Waits for the device."""
-        return int(self._state.place) + 1
+        """How many tokens are sure by now, of each sequence. Waits for the device."""
+        return int(self._state.place.min()) + 1
 
     def results(self) -> tuple[Tensor, Tensor]:
         """Tokens int64 [B, 64], and the hidden states [B, 63, D] of all but the last; the caller's own."""
@@ -175,7 +175,7 @@ class Stepper:
                 values,
                 tokens=one.repeat(batch, GENERATED + 1),
                 hidden=torch.zeros((batch, GENERATED, config.width), dtype=dtype, device=device),
-                place=one.clone(),
+                place=one.repeat(batch, 1),
                 length=one.clone(),
                 padding=one.repeat(batch, 1),
                 limit=one.clone(),
@@ -232,13 +232,13 @@ def _step(model: Generalist, state: _State, count: int, constrained: bool, refin
     formulas in fewer kernels, whose number is what a captured step of a small batch costs beside its weights.
     """
     llama, ahead = model.language_model.model, state.every[:count]
-    places = (state.place + ahead).clamp(max=LAST)  # [N], of the tokens fed
-    slots = state.length + places  # [N]
-    x = llama.embed_tokens(state.tokens.index_select(1, places).clamp(min=0))  # [B, N, D]
+    places = (state.place + ahead).clamp(max=LAST)  # [B, N], of the tokens fed
+    slots = state.length + places  # [B, N]
+    x = llama.embed_tokens(state.tokens.gather(1, places).clamp(min=0))  # [B, N, D]
     cos, sin = llama.rotary_emb(x, slots - state.padding)  # [B, N, W]
     half = cos.shape[-1] // 2
     rotation = cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(2)
-    unseen = (state.every > slots.unsqueeze(1)) | (state.every < state.padding.unsqueeze(2))  # [B, N, M]
+    unseen = (state.every > slots.unsqueeze(2)) | (state.every < state.padding.unsqueeze(2))  # [B, N, M]
     bias = torch.zeros(unseen.shape, dtype=x.dtype, device=x.device).masked_fill_(unseen, -math.inf).unsqueeze(1)
     # Heads of a group share keys and values (arXiv 2305.13245): to these they are more queries.
     group = model.config.language.heads // model.config.language.key_value_heads
@@ -249,28 +249,30 @@ def _step(model: Generalist, state: _State, count: int, constrained: bool, refin
         x = x + layer.mlp(_normed(layer.post_attention_layernorm, x))
     x = _normed(llama.norm, x)
 
-    state.hidden.index_copy_(1, places, x)
-    following = state.place + 1 + ahead  # [N], of the answers
-    layout = state.layout.index_select(0, following.clamp(max=LAST))
+    state.hidden.scatter_(1, places.unsqueeze(2).expand_as(x), x)
+    following = state.place + 1 + ahead  # [B, N], of the answers
+    layout = state.layout[following.clamp(max=LAST)]
     answers = greedy(model, x, layout, constrained)  # [B, N]
     places = following.clamp(max=GENERATED)
     if count == 1:
-        state.tokens.index_copy_(1, places, answers)
-        state.place.add_(1)
+        state.tokens.scatter_(1, places, answers)
+        state.place.add_(1).clamp_(max=LAST)
         return
-    guesses = state.tokens.index_select(1, places)
-    right = (answers == guesses).all(dim=0) & (ahead < state.limit)  # for all sequences: they share their place
-    kept = F.pad(right[:-1], (1, 0), value=True).cumprod(dim=0)  # an answer counts if all tokens before it were right
+    guesses = state.tokens.gather(1, places)
+    right = (answers == guesses) & (ahead < state.limit)
+    kept = F.pad(right[:, :-1], (1, 0), value=True).cumprod(
+        dim=1
+    )  # an answer counts if all tokens before it were right
     better = kept.bool()
     if refining:
         beyond = (following + ROW).clamp(max=GENERATED)
-        theirs = state.layout.index_select(0, beyond.clamp(max=LAST))
-        there = state.tokens.index_select(1, beyond)
+        theirs = state.layout[beyond.clamp(max=LAST)]
+        there = state.tokens.gather(1, beyond)
         # Separators and the end, which the layout knows, stay as they are guessed.
-        state.tokens.index_copy_(1, beyond, torch.where(theirs < 0, answers, there))
+        state.tokens.scatter_(1, beyond, torch.where(theirs < 0, answers, there))
         better |= layout < 0
-    state.tokens.index_copy_(1, places, torch.where(better, answers, guesses))
-    state.place.add_(kept.sum())
+    state.tokens.scatter_(1, places, torch.where(better, answers, guesses))
+    state.place.add_(kept.sum(dim=1, keepdim=True)).clamp_(max=LAST)
 
 
 def _attend(
@@ -290,8 +292,9 @@ def _attend(
     cos, sin = rotation
     # Rotary position embedding (arXiv 2104.09864): the halves change places, and the sine has the sign of the first.
     together = together * cos + together.roll(width // 2, dims=-1) * sin
-    keys.index_copy_(2, slots, together[:, :, -groups:].transpose(1, 2))
-    values.index_copy_(2, slots, attention.v_proj(x).view(batch, count, groups, width).transpose(1, 2))
+    where = slots[:, None, :, None].expand(-1, groups, -1, width)
+    keys.scatter_(2, where, together[:, :, -groups:].transpose(1, 2))
+    values.scatter_(2, where, attention.v_proj(x).view(batch, count, groups, width).transpose(1, 2))
     queries = together[:, :, :-groups].transpose(1, 2).reshape(batch, groups, -1, width)
     found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)  # [B, K, heads of a group * N, W]
     found = found.reshape(batch, -1, count, width).transpose(1, 2).reshape(batch, count, -1)
