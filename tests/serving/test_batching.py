@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from robodual.serving.batching import Batcher
+from robodual.serving.batching import MOST_PATIENCE, PATIENCE, Batcher
 from robodual.serving.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from robodual.serving.metrics import Metrics
 
@@ -70,6 +70,60 @@ async def test_an_idle_model_takes_a_request_at_once() -> None:
             await batcher.submit(0, session="a")
             times.append(loop.time() - started)
     assert min(times) < 0.005
+
+
+class Slow(Model):
+    """Takes long enough for all of the patience there is."""
+
+    def __call__(self, items: Sequence[int]) -> list[int]:
+        time.sleep(1.5 * MOST_PATIENCE / PATIENCE)
+        return super().__call__(items)
+
+
+@asynccontextmanager
+async def after_a_batch_of_two() -> AsyncIterator[tuple[Model, Batcher[int, int]]]:
+    model = Slow()
+    model.go.set()
+    async with batching(model) as batcher:
+        await asyncio.gather(batcher.submit(1, session="a"), batcher.submit(2, session="b"))
+        assert model.batches == [[1, 2]]
+        yield model, batcher
+
+
+async def test_sessions_of_a_batch_come_back_together() -> None:
+    async with after_a_batch_of_two() as (model, batcher):
+        tasks = [asyncio.ensure_future(batcher.submit(3, session="a"))]
+        await asyncio.sleep(0)
+        await asyncio.sleep(MOST_PATIENCE / 5)
+        tasks.append(asyncio.ensure_future(batcher.submit(4, session="b")))
+        await asyncio.gather(*tasks)
+    assert model.batches[1:] == [[3, 4]]
+
+
+async def test_a_session_that_comes_back_alone_waits_no_longer_than_that() -> None:
+    async with after_a_batch_of_two() as (model, batcher):
+        alone = await batcher.submit(3, session="a")
+        assert 0 < alone.queued < 5 * MOST_PATIENCE
+        assert (await batcher.submit(4, session="a")).queued < MOST_PATIENCE
+    assert model.batches[1:] == [[3], [4]]
+
+
+async def test_nobody_waits_for_a_batch_of_long_ago() -> None:
+    async with after_a_batch_of_two() as (_, batcher):
+        await asyncio.sleep(2 * MOST_PATIENCE)
+        assert (await batcher.submit(3, session="c")).queued < MOST_PATIENCE
+
+
+async def test_a_session_that_was_alone_does_not_wait_for_a_turn_of_the_event_loop() -> None:
+    model = Model()
+    model.go.set()
+    async with batching(model) as batcher:
+        await batcher.submit(1, session="a")
+        order = []
+        task = asyncio.ensure_future(batcher.submit(2, session="a"))
+        asyncio.get_running_loop().call_soon(lambda: order.append(batcher.load - batcher._count))
+        await task
+    assert order == [1], "it ran already"
 
 
 async def test_sessions_take_turns() -> None:

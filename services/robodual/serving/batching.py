@@ -16,6 +16,9 @@ from typing import Generic, ParamSpec, TypeVar
 from robodual.serving.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from robodual.serving.metrics import Metrics
 
+PATIENCE = 0.2  # of the time that a batch took, for its sessions to come back together
+MOST_PATIENCE = 0.01  # seconds
+
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 P = ParamSpec("P")
@@ -53,10 +56,11 @@ class Batcher(Generic[Item, Answer]):
     """Runs `work` on batches in one thread of its own, which also runs whatever else needs the model.
 
     A batch is what is waiting when the thread is free: at most `max_batch` items, a session's second only after every
-    other session's first. There is no wait for a batch to fill, and a session that is alone does not even wait for what
-    arrives together with its item. Items whose caller was cancelled or whose deadline has
-    passed are dropped before they cost compute. Where a batch raises, its items run one by one, so that a bad one
-    fails alone. Several engines have a batcher each, which share their metrics; `load` says which has least to do.
+    other session's first. There is no fixed wait for a batch to fill: a session that was alone starts at once, and
+    those of a batch, who were answered together, get a little of the time that it took to come back together. Items
+    whose caller was cancelled or whose deadline has passed are dropped before they cost compute. Where a batch raises,
+    its items run one by one, so that a bad one fails alone. Several engines have a batcher each, which share their
+    metrics; `load` says which has least to do.
     """
 
     def __init__(
@@ -70,7 +74,9 @@ class Batcher(Generic[Item, Answer]):
         self._count = 0
         metrics.queues.append(lambda: self._count)
         self._running: list[_Ticket[Item, Answer]] = []
-        self._alone: str | None = None  # the session that the last batch was of, if it was of one item
+        self._company: set[str] = set()  # the sessions of the last batch
+        self._until = 0.0  # when it is given up that they come back together
+        self._waking: asyncio.TimerHandle | None = None
         self._calls = 0
         self._closed = False
         self._loop = asyncio.get_running_loop()
@@ -101,7 +107,7 @@ class Batcher(Generic[Item, Answer]):
         )
         self._waiting.setdefault(session, deque()).append(ticket)
         self._count += 1
-        if session == self._alone:
+        if self._company == {session}:
             self._start()
         else:
             # Not at once: what arrived together with this one joins its batch.
@@ -149,10 +155,25 @@ class Batcher(Generic[Item, Answer]):
         """Gives the thread a batch of what waits, if it has no other work: none is formed before it can run."""
         if self._running or self._calls or self._closed:
             return
+        if self._patient():
+            return
         self._running = self._take()
         if self._running:
             self._jobs.put(partial(self._run, self._running))
-            self._alone = self._running[0].session if len(self._running) == 1 else None
+            self._company = {ticket.session for ticket in self._running}
+
+    def _patient(self) -> bool:
+        """Whether the sessions of the last batch are still given time, in which case it looks again later."""
+        left = self._until - time.perf_counter()
+        if left <= 0 or self._company <= self._waiting.keys() or self._count >= self._max_batch:
+            return False
+        if self._waiting and self._waking is None:
+            self._waking = self._loop.call_later(left, self._wake)
+        return True
+
+    def _wake(self) -> None:
+        self._waking = None
+        self._start()
 
     def _work_off(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -172,6 +193,8 @@ class Batcher(Generic[Item, Answer]):
                 ticket.fail(answer)
             elif not ticket.over:
                 ticket.done.set_result(Done(answer, started - ticket.queued_at, computed))
+        if len(self._running) > 1:
+            self._until = time.perf_counter() + min(PATIENCE * computed, MOST_PATIENCE)
         self._running = []
         self._loop.call_soon(self._go_on, len(answers))  # after those that have their answers now
 
