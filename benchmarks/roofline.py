@@ -28,7 +28,8 @@ from torch.utils.flop_counter import flop_registry
 from robodual.generalist.decoding import decode
 from robodual.generalist.engine import GeneralistEngine, load_generalist
 from robodual.generalist.stepping import Stepper
-from robodual.profiles import PROFILES
+from robodual.generalist.tokens import ROW
+from robodual.profiles import PROFILES, shipped
 from robodual.specialist.encoder import Encoder
 from robodual.specialist.engine import SpecialistEngine, load_specialist
 from robodual.specialist.latents import ColourLatents, MapLatents
@@ -144,9 +145,13 @@ def generalist_stages(engine: GeneralistEngine) -> tuple[dict[str, Callable[[], 
     stages["a conditioning, dynamic cache"] = conditioning
     if engine.stepper is None:
         return stages, {}
-    name = f"a conditioning, static cache{', captured' if engine.captures else ''}"
-    stages[name] = partial(conditioning, stepper=engine.stepper)
-    return stages, {name: partial(conditioning, stepper=Stepper(engine.model, captures=False))}
+    counted = {}
+    uncaptured = Stepper(engine.model, captures=False)
+    for how, way in {"": conditioning, ", speculation": partial(conditioning, guessing=True, window=ROW)}.items():
+        name = f"a conditioning, static cache{', captured' if engine.captures else ''}{how}"
+        stages[name] = partial(way, stepper=engine.stepper)
+        counted[name] = partial(way, stepper=uncaptured)
+    return stages, counted
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable[[], Any], float]]:
@@ -224,7 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             device, dtype = engine.preparation.device, engine.preparation.dtype
             stages, counted = specialist_stages(engine, options.context_length), {}
         else:
-            thinker = load_generalist(options.profile, device=options.device, dtype=options.dtype, constrained=True)
+            weights = shipped(options.profile, "generalist")
+            thinker = load_generalist(
+                options.profile, checkpoint=weights, device=options.device, dtype=options.dtype, constrained=True
+            )
             device, dtype = thinker.model.device, thinker.model.dtype
             stages, counted = generalist_stages(thinker)
         found, arithmetic, bandwidth = measured(stages, counted, device, dtype, options.rounds)
