@@ -32,7 +32,7 @@ class NoGeneralist(GeneralistEngine):
         self.facts, self.width = FACTS, WIDTH
         self.captures = False
         states = torch.zeros((LENGTH, WIDTH), dtype=torch.bfloat16)
-        self._thought = Thought(np.zeros((8, 7), np.float32), states, 0)
+        self._thought = Thought(np.zeros((8, 7), np.float32), states, malformed_tokens=0, forwards=0)
 
     def think(self, frames: Sequence[object], instructions: Sequence[str], drafts: Sequence[object] = ()) -> list:
         return [self._thought] * len(frames)

@@ -43,6 +43,9 @@ async def test_what_the_engine_thinks_is_in_the_store_bit_for_bit(
     assert np.array_equal(stored.reference_actions, thought.reference_actions)
     assert stored.hidden_states.equal(thought.hidden_states)
     assert answer.malformed_tokens == thought.malformed_tokens
+    counted = thinker.server.metrics.registry.get_sample_value
+    assert (counted("robodual_forwards_count"), counted("robodual_forwards_sum")) == (1, thought.forwards)
+    assert 2 <= thought.forwards < 64
 
 
 async def test_a_late_older_frame_is_answered_but_not_stored(thinker: Replica, store: Store) -> None:

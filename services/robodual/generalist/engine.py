@@ -33,12 +33,14 @@ class Thought:
     """What the generalist made of one frame.
 
     reference_actions: float32 [8, 7] in [-1, 1]; hidden_states: bfloat16 [L, width] on the CPU, L = prompt length + 63;
-    malformed_tokens: how many of the 64 tokens broke the layout and were repaired (`tokens.decode_actions`).
+    malformed_tokens: how many of the 64 tokens broke the layout and were repaired (`tokens.decode_actions`); forwards:
+    passes through the Llama that its batch took.
     """
 
     reference_actions: npt.NDArray[np.float32]
     hidden_states: torch.Tensor
     malformed_tokens: int
+    forwards: int
 
 
 class GeneralistEngine:
@@ -102,7 +104,7 @@ class GeneralistEngine:
         thoughts = []
         for ids, hidden in zip(decoded.tokens.cpu().numpy(), decoded.hidden):
             actions, malformed = decode_actions(ids, tokens)
-            thoughts.append(Thought(actions, hidden.to("cpu", torch.bfloat16), malformed))
+            thoughts.append(Thought(actions, hidden.to("cpu", torch.bfloat16), malformed, decoded.forwards))
         return thoughts
 
 

@@ -77,6 +77,7 @@ class GeneralistService:
         timings.add("think", done.computed)
         thought = done.answer
         self._metrics.malformed.inc(thought.malformed_tokens)
+        self._metrics.forwards.observe(thought.forwards)
         conditioning = Conditioning(
             request.episode, request.step, thought.reference_actions, thought.hidden_states, instruction
         )

@@ -15,6 +15,7 @@ from robodual.serving.recent import Recent
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 STEPS = (0, 1, 2, 4, 7, 8, 16, 32, 64)
 STALE = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+FORWARDS = (2, 4, 8, 12, 16, 24, 32, 48, 57, 64)
 BATCHES = (1, 2, 4, 8, 16, 32)
 PROBLEMS = 50
 LONGEST = 300  # characters of a message that are kept
@@ -67,6 +68,12 @@ class Metrics:
             registry=registry,
         )
         self.degraded = Counter("robodual_degraded_answers", "Answers marked as degraded.", registry=registry)
+        self.forwards = Histogram(
+            "robodual_forwards",
+            "Passes through the language model of one conditioning: fewer where guesses were right.",
+            buckets=FORWARDS,
+            registry=registry,
+        )
         self.malformed = Counter(
             "robodual_malformed_tokens", "Decoded tokens that did not fit the action layout.", registry=registry
         )
