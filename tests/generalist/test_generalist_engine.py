@@ -50,6 +50,19 @@ def test_thought_has_the_documented_shapes(engine: GeneralistEngine, frames: lis
     assert thought.malformed_tokens == 0
 
 
+def test_speculation_saves_forwards_and_changes_nothing(engine: GeneralistEngine, frames: list[np.ndarray]) -> None:
+    single = load_generalist("toy", device="cpu", speculation=False)
+    assert (engine.facts.details["speculation"], single.facts.details["speculation"]) == ("on", "off")
+    (plain,), (guessed,) = single.think(frames[:1], INSTRUCTIONS[:1]), engine.think(frames[:1], INSTRUCTIONS[:1])
+    np.testing.assert_array_equal(guessed.reference_actions, plain.reference_actions)
+    torch.testing.assert_close(guessed.hidden_states, plain.hidden_states, rtol=0, atol=1e-2)
+    assert guessed.forwards < plain.forwards == 57
+    # The same frame gives the same record, bit for bit, whatever was asked before.
+    engine.think(frames[1:3], INSTRUCTIONS[1:3])
+    (again,) = engine.think(frames[:1], INSTRUCTIONS[:1])
+    assert torch.equal(again.hidden_states, guessed.hidden_states)
+
+
 def test_actions_depend_on_frame_and_instruction(engine: GeneralistEngine, frames: list[np.ndarray]) -> None:
     same, other_frame, other_words = engine.think([frames[0], frames[1], frames[0]], ["a", "a", "open the drawer"])
     assert not np.array_equal(same.reference_actions, other_frame.reference_actions)
