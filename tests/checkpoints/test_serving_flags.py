@@ -57,13 +57,16 @@ def test_generalist_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         "attention": "eager",
         "quantisation": "nf4",
         "constrained": False,
+        "speculation": True,
     }
 
 
 def test_generalist_variables_hold_where_no_flag_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBODUAL_GENERALIST_ADAPTERS", "one, two")
     monkeypatch.setenv("ROBODUAL_GENERALIST_CONSTRAINED", "true")
+    monkeypatch.setenv("ROBODUAL_GENERALIST_SPECULATION", "false")
     seen = given("generalist", [], monkeypatch)
+    assert seen["speculation"] is False
     assert seen["adapters"] == (Path("one"), Path("two"))
     assert seen["constrained"] is True
     assert given("generalist", ["--adapter", "three"], monkeypatch)["adapters"] == (Path("three"),)
