@@ -10,6 +10,8 @@ import structlog
 
 logger = structlog.get_logger(__name__)
 
+ASK_AGAIN = 0.1  # seconds until a task that was cancelled and goes on is cancelled again
+
 
 class Readiness:
     """Ready when nothing is missing. Starts with everything in `missing`, a reason for each name."""
@@ -54,10 +56,12 @@ class Background:
         self._tasks.append(task)
 
     async def close(self) -> None:
-        """Ends them all."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Ends them all; asks again, since before Python 3.12 wait_for can lose a cancellation to an answer."""
+        pending = set(self._tasks)
+        while pending:
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=ASK_AGAIN)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
