@@ -86,6 +86,7 @@ def check(engine: GeneralistEngine, count: int, seed: int = 0) -> list[Check]:
     for constrained in (True, False):
         kind = "constrained" if constrained else "free"
         run = partial(decode, engine.model, constrained=constrained)
+        guess = partial(run, guessing=True, window=ROW)
         rows = []
         for frame, sentence in zip(frames, sentences):
             given = inputs(engine, [frame], [sentence])
@@ -95,8 +96,7 @@ def check(engine: GeneralistEngine, count: int, seed: int = 0) -> list[Check]:
             for cache, stepper in caches.items():
                 add(f"{kind}, {cache}one token a forward", run(*given, window=1, stepper=stepper), tokens)
                 add(f"{kind}, {cache}separators guessed", run(*given, stepper=stepper), tokens)
-                guessed = run(*given, guessing=True, window=ROW, stepper=stepper)
-                add(f"{kind}, {cache}actions guessed", guessed, tokens)
+                add(f"{kind}, {cache}actions guessed", guess(*given, stepper=stepper), tokens)
                 for share, draft in drafts.items():
                     name = f"draft with {share:.0%} wrong" if share else "draft that is right"
                     add(f"{kind}, {cache}{name}", run(*given, drafts=draft, stepper=stepper), tokens)
@@ -105,8 +105,7 @@ def check(engine: GeneralistEngine, count: int, seed: int = 0) -> list[Check]:
             tokens = torch.cat(rows[start : start + BATCH])
             for cache, stepper in caches.items():
                 add(f"{kind}, {cache}batches of {BATCH}", run(*given, stepper=stepper), tokens)
-                guessed = run(*given, guessing=True, window=ROW, stepper=stepper)
-                add(f"{kind}, {cache}batches of {BATCH}, actions guessed", guessed, tokens)
+                add(f"{kind}, {cache}batches of {BATCH}, actions guessed", guess(*given, stepper=stepper), tokens)
     return list(checks.values())
 
 

@@ -63,17 +63,16 @@ class Shapes(Generic[Key, Outputs]):
         self._most = most
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self._graphs
+    def is_to_come(self, key: Key) -> bool:
+        """Whether `find` will run the function to capture it."""
+        return key not in self._graphs and self.works and len(self._graphs) < self._most
 
     def find(self, key: Key, function: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs] | None:
         """The graph of a shape and its outputs, captured from `function` when the shape first comes.
 
         None where there is none: too many, or a driver or an operator that cannot be captured, once and for all.
         """
-        if key not in self._graphs:
-            if not self.works or len(self._graphs) >= self._most:
-                return None
+        if self.is_to_come(key):
             try:
                 self._graphs[key] = self._record(function)
             except RuntimeError as error:  # slower, but as right

@@ -142,7 +142,7 @@ class Stepper:
         if self._record is not None:
             key = state.tokens.shape[0], count, state.keys.shape[3], constrained, refining
             # The runs before a capture are steps too, which the next ones write over once they are taken back.
-            before = (state.place.clone(), state.tokens.clone()) if key not in self._steps else None
+            before = (state.place.clone(), state.tokens.clone()) if self._steps.is_to_come(key) else None
             found = self._steps.find(key, lambda: _step(model, state, count, constrained, refining))
             if before is not None:
                 state.place.copy_(before[0])
