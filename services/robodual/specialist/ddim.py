@@ -6,6 +6,7 @@ prediction, leading spacing with offset 0, eta 0, x0 clipped to [-1, 1].
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from robodual.specialist.config import TRAINING_STEPS
 
 
-def alphas_cumprod() -> Tensor:
-    """Signal variance after each training step, float32 [100]."""
+@functools.lru_cache(maxsize=16)
+def alphas_cumprod(device: torch.device | None = None) -> Tensor:
+    """Signal variance after each training step, float32 [100], not to be changed; on the CPU if no device is given."""
 
     def signal(time: float) -> float:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -25,7 +27,7 @@ def alphas_cumprod() -> Tensor:
         min(1 - signal((step + 1) / TRAINING_STEPS) / signal(step / TRAINING_STEPS), 0.999)
         for step in range(TRAINING_STEPS)
     ]
-    return torch.cumprod(1.0 - torch.tensor(betas, dtype=torch.float32), dim=0)
+    return torch.cumprod(1.0 - torch.tensor(betas, dtype=torch.float32), dim=0).to(device)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Step:
         return x0 * self.next_signal + eps * self.next_noise
 
 
-def schedule(steps: int) -> list[Step]:
+@functools.lru_cache(maxsize=16)
+def schedule(steps: int) -> tuple[Step, ...]:
     """The denoising steps in order, from the noisiest; `steps` is 1 to 100 (10 published: t = 90, 80, ..., 0)."""
     alphas = alphas_cumprod().double()
     stride = TRAINING_STEPS // steps
@@ -65,7 +68,7 @@ def schedule(steps: int) -> list[Step]:
                 (1 - alpha_prev) ** 0.5,
             )
         )
-    return table
+    return tuple(table)
 
 
 def loss_weights(gamma: float) -> Tensor:
@@ -82,5 +85,5 @@ def loss_weights(gamma: float) -> Tensor:
 
 def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """The forward process: x0 and noise [B, ...], timesteps int64 [B]."""
-    alphas = alphas_cumprod().to(x0.device)[timesteps].view(-1, *[1] * (x0.dim() - 1))
+    alphas = alphas_cumprod(x0.device)[timesteps].view(-1, *[1] * (x0.dim() - 1))
     return alphas.sqrt() * x0 + (1 - alphas).sqrt() * noise

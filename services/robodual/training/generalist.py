@@ -20,7 +20,7 @@ from robodual.generalist.processor import Processor
 from robodual.generalist.tokens import bin_centres
 from robodual.training.dataset import Sample
 from robodual.training.loop import Learner
-from robodual.training.prompting import Prompts, action_places, best_tokens, force
+from robodual.training.prompting import Prompts, action_tokens, best_tokens, force
 
 ADAPTER, MERGED = "adapter", "generalist"
 HEAD = "language_model.lm_head"
@@ -110,9 +110,8 @@ class GeneralistLearner(Learner[Prompts]):
     def _metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Accuracy over the 56 action tokens, and the decoded actions' mean absolute error."""
         ids = self.model.config.tokens
-        places = action_places(logits.device)
-        predicted = best_tokens(logits, self.model, constrained=self.constrained)[:, places]
-        wanted = targets[:, places]
+        predicted = action_tokens(best_tokens(logits, self.model, constrained=self.constrained))
+        wanted = action_tokens(targets)
         centres = torch.from_numpy(bin_centres(ids.bins)).to(logits.device)
 
         def actions(tokens: Tensor) -> Tensor:

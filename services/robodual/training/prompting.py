@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robodual.generalist.greedy import chunk_layout
 from robodual.generalist.model import Generalist
 from robodual.generalist.processor import Processor
-from robodual.generalist.tokens import ACTION, CHUNK, GENERATED, encode_actions
+from robodual.generalist.tokens import ACTION, CHUNK, GENERATED, ROW, encode_actions
 from robodual.training.dataset import Sample
 
 
@@ -62,15 +63,15 @@ def force(model: Generalist, batch: Prompts) -> Forced:
     )
     states: Tensor = output.last_hidden_state
     logits = model.language_model.lm_head(states[:, -GENERATED - 1 : -1])
-    lengths = torch.tensor([len(row) for row in rows], device=states.device)
-    longest = int(lengths.max())
-    counted = torch.arange(longest, device=states.device) >= longest - lengths[:, None]
-    return Forced(logits, states[:, -longest:], counted)
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    missing = torch.tensor([longest - length for length in lengths], device=states.device)
+    return Forced(logits, states[:, -longest:], torch.arange(longest, device=states.device) >= missing[:, None])
 
 
-def action_places(device: torch.device) -> Tensor:
-    """bool [64]: which of the 64 tokens are action tokens, the others being separators and the end."""
-    return (torch.arange(GENERATED, device=device) % (ACTION + 1)) < ACTION
+def action_tokens(tokens: Tensor) -> Tensor:
+    """The action tokens [B, 8, 7] among the 64 [B, 64], the others being separators and the end."""
+    return tokens.view(-1, CHUNK, ROW)[..., :ACTION]
 
 
 def best_tokens(logits: Tensor, model: Generalist, *, constrained: bool) -> Tensor:
@@ -79,6 +80,5 @@ def best_tokens(logits: Tensor, model: Generalist, *, constrained: bool) -> Tens
         return logits.argmax(dim=-1)
     ids = model.config.tokens
     tokens = logits[..., ids.action_start : ids.action_end].argmax(dim=-1) + ids.action_start
-    layout = torch.full((CHUNK, ACTION + 1), ids.separator, device=logits.device)
-    layout[-1, -1] = ids.eos
-    return torch.where(action_places(logits.device), tokens, layout.flatten())
+    layout = chunk_layout(ids, logits.device)
+    return torch.where(layout < 0, tokens, layout)
