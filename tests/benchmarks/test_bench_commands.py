@@ -162,6 +162,24 @@ def test_conditioning_is_timed_both_ways(load: Callable[[str], ModuleType], tmp_
     assert rows["toy, plain: total"]["ratio"] == 1
 
 
+def test_memory_of_a_training_is_what_a_real_step_takes(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    record, footprint = tmp_path / "footprint.json", load("footprint")
+
+    assert footprint.main(["--profile", "toy", "--batch-size", "2", "8", "--json", str(record)]) == 0
+
+    rows = json.loads(record.read_text())["rows"]
+    for row, make in zip(rows, footprint.trainings("toy").values(), strict=True):
+        assert row["weights"] < row["most"]["2"] < row["most"]["8"]
+        learner, model, given = make()
+        footprint.materialise(learner)
+        footprint.materialise(model)
+        footprint.place_rotary(model, torch.device("cpu"))
+        for weights in (*learner.parameters(), *model.parameters()):
+            weights.data.zero_()
+        found = footprint.step(learner.train(), model, given(8))
+        assert found == pytest.approx((row["weights"], row["most"]["8"]), rel=0.05)
+
+
 def test_batched_sessions_are_timed_and_answer_as_alone(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     record = tmp_path / "batching.json"
     arguments = ["--sessions", "4", "--rounds", "1", "--turns", "2", "--device", "cpu", "--at-least", "0"]
