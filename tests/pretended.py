@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from robodual.generalist.greedy import chunk_layout, standing_still
+from robodual.resampling import _taps
 from robodual.specialist import ddim
 
 DEVICE = torch.device("cuda:0")
@@ -73,7 +74,7 @@ def gpu() -> Iterator[Gpu]:
         stack.enter_context(_device_guard())
         stack.enter_context(mode)
         stack.enter_context(found.kernels)
-        for kept in (chunk_layout, standing_still, ddim.alphas_cumprod):  # tensors of the device
+        for kept in (chunk_layout, standing_still, ddim.alphas_cumprod, _taps):  # tensors of the device
             stack.callback(kept.cache_clear)
         yield found
 

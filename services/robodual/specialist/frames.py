@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from robodual.graphs import Graphs
 from robodual.images import Strategy, square
+from robodual.resampling import squares
 from robodual.specialist.config import SpecialistConfig
 from robodual.specialist.depth import resize
 from robodual.specialist.policy import Observation, needed
@@ -46,6 +49,9 @@ class Preparation:
     def __init__(self, config: SpecialistConfig, strategy: Strategy, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.strategy, self.device, self.dtype = config, strategy, device, dtype
         self._means, self._deviations = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEANS, DEVIATIONS))
+        self._on_gpu: Graphs | None = None
+        if device.type == "cuda":
+            self._on_gpu = Graphs(self._prepared, device, "frames are prepared")
 
     def static(self, frames: Sequence[Frame]) -> Tensor:
         """[B, 3, S, S]."""
@@ -70,9 +76,18 @@ class Preparation:
 
     def colour(self, images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
         """B images [H, W, 3] of any sizes to normalised [B, 3, S, S]. Bytes travel to the device, not floats."""
-        size = self.config.image_size
-        squares = torch.from_numpy(np.stack([square(image, size, self.strategy) for image in images]))
-        pixels = self.to_device(squares).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+        if self._on_gpu is None:
+            size = self.config.image_size
+            return self._normalised(torch.from_numpy(np.stack([square(i, size, self.strategy) for i in images])))
+        return torch.cat([self._on_gpu(self.to_device(frames))[0] for frames in _stacked(images)])
+
+    def _prepared(self, frames: Tensor) -> tuple[Tensor]:
+        """What `colour` makes of uint8 frames of one size on a GPU, [B, H, W, 3]."""
+        return (self._normalised(squares(frames, self.config.image_size, self.strategy)),)
+
+    def _normalised(self, frames: Tensor) -> Tensor:
+        """Bytes [B, S, S, 3] to [B, 3, S, S]."""
+        pixels = frames.permute(0, 3, 1, 2).to(torch.float32).div_(255)
         return pixels.sub_(self._means).div_(self._deviations).to(self.dtype)
 
     def vectors(self, values: Sequence[npt.NDArray[np.float32]]) -> Tensor:
@@ -89,11 +104,9 @@ class Preparation:
         depth_static = depth_gripper = rgb_gripper = rgb_tactile = None
         if config.with_depth:
             depth_static = self._shifted(needed(frame.depth_static, "depth_static"), STATIC_DEPTH_OFFSET)
-            depth_static = depth_static.to(self.dtype)
         if config.with_gripper:
             rgb_gripper = self.gripper([frame])
             depth_gripper = self._shifted(needed(frame.depth_gripper, "depth_gripper"), GRIPPER_DEPTH_OFFSET)
-            depth_gripper = depth_gripper.to(self.dtype)
         if config.with_tactile:
             rgb_tactile = self._scaled(needed(frame.rgb_tactile, "rgb_tactile")).to(self.dtype)
         return Observation(
@@ -107,12 +120,12 @@ class Preparation:
         )
 
     def _depth(self, maps: Sequence[npt.NDArray[np.float32]], offset: float) -> Tensor:
-        size = self.config.image_size
-        return torch.cat([resize(self._shifted(values, offset)[:, None], size) for values in maps]).to(self.dtype)
+        size, groups = self.config.image_size, map(self.to_device, _stacked(maps))
+        return torch.cat([resize(values[:, None] - offset, size) for values in groups]).to(self.dtype)
 
     def _shifted(self, values: npt.NDArray[np.float32], offset: float) -> Tensor:
-        """One map [H, W] to float32 [1, H, W], less the constant."""
-        return self.to_device(torch.tensor(values, dtype=torch.float32))[None] - offset
+        """One map [H, W] to [1, H, W], less the constant."""
+        return (self.to_device(torch.tensor(values, dtype=torch.float32))[None] - offset).to(self.dtype)
 
     def _scaled(self, image: npt.NDArray[np.uint8]) -> Tensor:
         """One tactile image [H, W, 6] to float32 [1, 6, H, W] in [0, 1]."""
@@ -124,3 +137,9 @@ class Preparation:
             return values
         # From pinned memory the copy needs no wait: the device's stream keeps the order.
         return values.pin_memory().to(self.device, non_blocking=True)
+
+
+def _stacked(arrays: Sequence[npt.NDArray[Any]]) -> list[Tensor]:
+    """Arrays as one tensor [B, ...] if they are of one shape, else as one each."""
+    groups = [arrays] if len({array.shape for array in arrays}) == 1 else [[array] for array in arrays]
+    return [torch.from_numpy(np.stack(group)) for group in groups]
