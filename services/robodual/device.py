@@ -10,14 +10,19 @@ import torch
 def choose(name: str) -> torch.device:
     """The device called `name`: auto (CUDA where there is one), cpu, cuda or cuda:N.
 
+    On CUDA, float32 is float32 from then on: cuDNN's convolutions would round to TF32, by PyTorch's default, which its
+    matrix products do not and a CPU does not.
+
     Raises:
         ValueError: for another name, or a device that this machine lacks.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
     return device

@@ -9,6 +9,7 @@ import pretended
 import pytest
 import torch
 
+from robodual.device import choose
 from robodual.facts import EngineFacts
 from robodual.profiles import PROFILES
 from robodual.specialist.engine import GPU_LENGTHS, Features, Frame, Projected, Request, SpecialistEngine
@@ -67,3 +68,11 @@ def test_captured_steps(dtype: torch.dtype, sensors: str) -> None:
     cameras = 1 if sensors == "static" else 2
     assert gpu.captures == 2 * (cameras + 1), "each camera's frames, and steps, of one and of two"
     assert gpu.replays == 2 * (2 * (cameras + 1) + 1), "and once a turn the frame before"
+
+
+def test_float32_is_float32_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's default
+    assert choose("cuda:1") == torch.device("cuda:1")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
