@@ -60,7 +60,7 @@ def test_a_step_captured_at_one_place_is_right_at_every_other(engine: Generalist
     for seed in range(3):
         assert agrees(engine, stepper, [SHORT, "open it"], seed)
         assert agrees(engine, stepper, [LONG], seed)
-    assert cuda.captures == 2 * 4, "frames, prompts, steps of one and of two tokens, for each batch"
+    assert cuda.captures == 2 * 3, "frames, prompts and steps, for each batch"
     assert cuda.graphs.replays == 6 * (2 + 56)
 
 
@@ -69,7 +69,7 @@ def test_prompts_of_different_lengths_are_read_without_a_graph(engine: Generalis
     for seed in range(2):
         assert agrees(engine, stepper, [SHORT, LONG], seed)
         assert agrees(engine, stepper, [LONG, LONG], seed)
-    assert cuda.captures == 1 + 1 + 2, "frames of both, prompts of the one, steps of both"
+    assert cuda.captures == 1 + 1 + 1, "frames of both, prompts of the one, steps of both"
 
 
 def test_prompts_that_cannot_be_captured_leave_the_steps_captured(
@@ -89,7 +89,7 @@ def test_prompts_that_cannot_be_captured_leave_the_steps_captured(
         for seed in range(2):
             assert agrees(engine, stepper, [LONG], seed)
     assert [entry["event"] for entry in logs] == ["prompts are read without CUDA graphs"]
-    assert (cuda.captures, stepper.captures) == (3, True)
+    assert (cuda.captures, stepper.captures) == (2, True)
     assert cuda.graphs.replays == 2 * 57
 
 
@@ -104,11 +104,28 @@ def test_guesses_take_one_shape_and_the_same_forwards(engine: GeneralistEngine, 
     assert cuda.captures == 3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_guesses_change_no_bit_of_captured_steps(cuda: Cuda, dtype: str) -> None:
+    """Steps of one shape round alike, so that in 16 bits too no token hangs on what was guessed."""
+    engine = load_generalist("toy", device="cpu", dtype=dtype)
+    stepper = Stepper(engine.model, captures=True)
+    for seed in range(2):
+        pixels, prompts = inputs(engine, [SHORT, LONG][: 1 + seed], seed)
+        given = engine.model, pixels.to(engine.model.dtype), prompts
+        ways: list[dict[str, Any]] = [{"window": 1}, {}, {"guessing": True, "window": ROW}]
+        constrained = seed % 2 == 0
+        one, separators, guessed = (decode(*given, constrained=constrained, stepper=stepper, **way) for way in ways)
+        assert guessed.forwards <= one.forwards - 7 * constrained
+        for other in (separators, guessed):
+            assert torch.equal(other.tokens, one.tokens)
+            assert all(map(torch.equal, other.hidden, one.hidden))
+
+
 def test_drafts_take_few_shapes_and_the_same_forwards(engine: GeneralistEngine, cuda: Cuda) -> None:
     stepper = Stepper(engine.model, captures=True)
     for seed, window in enumerate([64, 3, 6, 64]):
         assert agrees(engine, stepper, [SHORT], seed, drafted=window)
-    assert cuda.captures == 2 + 2 + 3, "frames and prompts, then one and two tokens, and each window"
+    assert cuda.captures == 2 + 1 + 1, "frames and prompts, steps of a row and of a chunk"
 
 
 def test_shapes_beyond_those_that_are_kept_run_without_a_graph(
@@ -117,9 +134,10 @@ def test_shapes_beyond_those_that_are_kept_run_without_a_graph(
     monkeypatch.setattr(stepping, "MOST", 1)
     stepper = Stepper(engine.model, captures=True)
     for seed in range(2):
+        assert agrees(engine, stepper, [SHORT] * 2, seed)
         assert agrees(engine, stepper, [SHORT], seed)
-    assert cuda.captures == 2 + 1
-    assert cuda.graphs.replays == 2 * (2 + 49)
+    assert cuda.captures == 2 * 2 + 1, "frames and prompts of both, steps of the first"
+    assert cuda.graphs.replays == 2 * (2 + 56 + 2)
 
 
 def test_a_step_that_cannot_be_captured_runs_without_and_is_not_tried_again(
@@ -138,7 +156,7 @@ def test_a_step_that_cannot_be_captured_runs_without_and_is_not_tried_again(
 
 def test_a_larger_batch_moves_the_cache_and_its_graphs_are_captured_again(engine: GeneralistEngine, cuda: Cuda) -> None:
     stepper = Stepper(engine.model, captures=True)
-    for count, captures in ((2, 4), (1, 8), (3, 12), (2, 15), (1, 18), (3, 18)):
+    for count, captures in ((2, 3), (1, 6), (3, 9), (2, 11), (1, 13), (3, 13)):
         assert agrees(engine, stepper, [SHORT] * count, seed=count)
         assert cuda.captures == captures, "what sees frames keeps its graphs"
         assert len({state.keys.untyped_storage().data_ptr() for state in stepper._states.values()}) == 1

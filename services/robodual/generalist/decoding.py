@@ -101,16 +101,18 @@ def decode(
         prefill = sequence.prefill
     ids = model.config.tokens
     layout = chunk_layout(ids, model.device)
-    guesses = torch.where(layout < 0, standing_still(ids, model.device) if drafts is None else drafts, layout)
-    guesses = guesses.expand(len(prompts), -1).clone()
     pace = _Pace(window, constrained, guessing or drafts is not None)
+    guesses = layout  # -1 where nothing is guessed
+    if pace.guessing:
+        guesses = torch.where(layout < 0, standing_still(ids, model.device) if drafts is None else drafts, layout)
+    guesses = guesses.expand(len(prompts), -1).clone()
     refining = pace.guessing and drafts is None
     first = greedy(model, prefill[:, -1:], layout[:1], constrained)  # [B, 1]
     if sequence is None:
         assert stepper is not None
-        stepper.start(
-            first, guesses, constrained=constrained, refining=refining, window=window if pace.guessing else None
-        )
+        # Separators alone are one guess.
+        most = window if pace.guessing else min(window, 2)
+        stepper.start(first, guesses, constrained=constrained, refining=refining, window=most)
         tokens, hidden = _static(stepper, pace)
     else:
         tokens, hidden = _dynamic(sequence, pace, first, guesses, refining)

@@ -77,7 +77,7 @@ class Stepper:
         self._state: _State
         self._constrained: bool
         self._refining: bool
-        self._count: int | None
+        self._count: int
 
     @property
     def captures(self) -> bool:
@@ -115,28 +115,29 @@ class Stepper:
             found[0].replay()
         return state.read[:, :length].clone()
 
-    def start(self, first: Tensor, guesses: Tensor, *, constrained: bool, refining: bool, window: int | None) -> None:
+    def start(self, first: Tensor, guesses: Tensor, *, constrained: bool, refining: bool, window: int) -> None:
         """Begins with the steps of the batch that was read.
 
-        first: int64 [B, 1], the first tokens. guesses: int64 [B, 64], the first and last of which are not read; a step
-        takes less than `window` of them, or with None separators alone. refining: whether what a step says is the guess
-        of the next.
+        first: int64 [B, 1], the first tokens. guesses: int64 [B, 64], -1 for none, the first and last of which are not
+        read; a step takes less than `window` of them. refining: whether what a step says is the guess of the next.
         """
         state = self._state
         state.tokens[:, :1] = first
         state.tokens[:, 1:LAST] = guesses[:, 1:LAST]
         state.tokens[:, LAST:] = -1
         state.place.zero_()
-        state.limit.fill_((window or GENERATED) - 1)
+        state.limit.fill_(window - 1)
         self._constrained, self._refining = constrained, refining
-        self._count = window
+        self._count = max(window, ROW)
 
     def step(self, count: int) -> None:
         """Feeds the last sure token and the count - 1 guesses after it; those that were right become sure, and one more
         token. Does not wait for the device.
         """
-        if self.captures and self._count is not None:
-            count = self._count  # one shape: what is beyond the chunk does no harm
+        if self.captures:
+            # One shape for all, of a row at least: what is beyond the chunk does no harm, a GPU reads the weights as
+            # long for one token as for eight, and in 16 bits the same kernels round alike, with guesses or without.
+            count = self._count
         model, state, constrained, refining = self._model, self._state, self._constrained, self._refining
         found = None
         if self._record is not None:
