@@ -27,9 +27,13 @@ WRONG = (0.0, 0.05, 0.2, 1.0)  # shares of a draft's tokens
 
 @dataclass
 class Check:
-    """One way to decode: in how many of `prompts` all tokens are those of one token a forward, and the forwards."""
+    """One way to decode: in how many of `prompts` all tokens are those of one token a forward, and the forwards.
+
+    alike: whether it rounds as what it is compared with, so that every token must be the same
+    """
 
     name: str
+    alike: bool = True
     prompts: int = 0
     identical: int = 0
     forwards: int = 0
@@ -73,15 +77,18 @@ def check(engine: GeneralistEngine, count: int, seed: int = 0) -> list[Check]:
     a static one, where the engine takes that.
 
     A kind's first row is one token a forward with a dynamic cache, the plain way, of which the rest are to give the
-    same tokens.
+    same tokens. In 16 bits, where products of other shapes round otherwise and the better of two nearly equal tokens
+    may be another, that is so for the static cache's steps alone, which are of one shape and are compared with one
+    token a forward there; drafts and batches are of others.
     """
+    exact = engine.model.dtype == torch.float32
     random = np.random.default_rng(seed)
     frames, sentences = glances(engine.facts.profile, count, seed)
     caches = {"": None} if engine.stepper is None else {"": None, "static cache, ": engine.stepper}
     checks: dict[str, Check] = {}
 
-    def add(name: str, decoded: Decoded, expected: Tensor) -> None:
-        checks.setdefault(name, Check(name)).count(decoded, expected)
+    def add(name: str, decoded: Decoded, expected: Tensor, *, alike: bool = exact) -> None:
+        checks.setdefault(name, Check(name, alike)).count(decoded, expected)
 
     for constrained in (True, False):
         kind = "constrained" if constrained else "free"
@@ -94,9 +101,11 @@ def check(engine: GeneralistEngine, count: int, seed: int = 0) -> list[Check]:
             rows.append(tokens)
             drafts = dict(_drafts(engine, tokens, random))
             for cache, stepper in caches.items():
-                add(f"{kind}, {cache}one token a forward", run(*given, window=1, stepper=stepper), tokens)
-                add(f"{kind}, {cache}separators guessed", run(*given, stepper=stepper), tokens)
-                add(f"{kind}, {cache}actions guessed", guess(*given, stepper=stepper), tokens)
+                one, alike = run(*given, window=1, stepper=stepper), exact or stepper is not None
+                add(f"{kind}, {cache}one token a forward", one, tokens)
+                expected = tokens if exact else one.tokens
+                add(f"{kind}, {cache}separators guessed", run(*given, stepper=stepper), expected, alike=alike)
+                add(f"{kind}, {cache}actions guessed", guess(*given, stepper=stepper), expected, alike=alike)
                 for share, draft in drafts.items():
                     name = f"draft with {share:.0%} wrong" if share else "draft that is right"
                     add(f"{kind}, {cache}{name}", run(*given, drafts=draft, stepper=stepper), tokens)

@@ -134,8 +134,8 @@ class Stepper:
         """Feeds the last sure token and the count - 1 guesses after it; those that were right become sure, and one more
         token. Does not wait for the device.
         """
-        if self.captures:
-            # One shape for all, of a row at least: what is beyond the chunk does no harm, a GPU reads the weights as
+        if self.captures or self._model.dtype != torch.float32:
+            # One shape for all, of a row at least: what is beyond the chunk does no harm, reading the weights takes as
             # long for one token as for eight, and in 16 bits the same kernels round alike, with guesses or without.
             count = self._count
         model, state, constrained, refining = self._model, self._state, self._constrained, self._refining
