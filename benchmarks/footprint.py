@@ -71,11 +71,11 @@ class Living(TorchDispatchMode):
         return result
 
 
-def step(learner: Learner[Batch], frozen: nn.Module | None, batch: Batch) -> tuple[float, float]:
+def step(learner: Learner[Batch], model: nn.Module, batch: Batch) -> tuple[float, float]:
     """GB of the weights, and at most during one optimiser step after the first."""
     living = Living()
-    for module in (learner, frozen):
-        for tensor in () if module is None else (*module.parameters(), *module.buffers()):
+    for module in (learner, model):
+        for tensor in (*module.parameters(), *module.buffers()):
             living.count(tensor)
     weights = living.now
     trained = [value for value in learner.parameters() if value.requires_grad]
@@ -86,8 +86,7 @@ def step(learner: Learner[Batch], frozen: nn.Module | None, batch: Batch) -> tup
             loss, _ = learner(batch)
         loss.backward()
         of_step = [torch.empty_like(value) for value in trained]
-        del loss, of_step
-    assert len(state) == 2 * len(trained)
+        del loss, state, of_step
     return weights / 1e9, living.most / 1e9
 
 
