@@ -177,6 +177,26 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_is_done(tmp_path:
     assert (tmp_path / "run" / "sequences.jsonl").read_text().count("\n") == 20
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_is_too_full_for_a_film_ends_the_run_at_once(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    film = run / "videos" / "0001.part.gif"
+    film.parent.mkdir(parents=True)
+    film.symlink_to("/dev/full")
+    command = [sys.executable, "-m", "robodual_client.cli", "evaluate", *FAKE, "--num-sequences", "3", "--no-report"]
+    command += ["--video", "all", "--video-format", "gif", "--out", str(run)]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert "is repeated" not in ended.stderr
+    assert "No space left on device" in ended.stderr.splitlines()[-1]
+    assert "0001.gif" in ended.stderr.splitlines()[-1]
+    assert "--resume" in ended.stderr.splitlines()[-1]
+    assert not os.path.lexists(film)
+    assert (run / "sequences.jsonl").read_text().count("\n") == 1
+    main([*command[3:], "--resume"])
+    assert len(list(film.parent.glob("*.gif"))) == 3
+
+
 def test_another_set_of_instructions_is_what_the_policy_is_asked(tmp_path: Path) -> None:
     sentences = {task: [f"please do: {task}", "never asked"] for task in load()}
     file = tmp_path / "enriched.json"

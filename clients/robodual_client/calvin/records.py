@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import dataclass, field
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from robodual_client.calvin.histogram import Histogram
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The errors of a disk that takes no more: to try again does not help."""
 
 DURATIONS = ("act", "condition", "policy", "env")
 """What is timed, in milliseconds a step: the specialist's round trip, the generalist's, the whole of `policy.step`,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from robodual_client.calvin.records import FULL
 from robodual_client.calvin.roles import Observation
 
 RATE = 30  # frames a second, CALVIN's control rate
@@ -65,9 +67,10 @@ class Video:
             self._ffmpeg.communicate()
             self._part.unlink(missing_ok=True)
             return
-        complaint = self._complaint()
+        failure = self._failure()
         if self._ffmpeg.returncode != 0:
-            raise OSError(complaint)
+            self._part.unlink(missing_ok=True)
+            raise failure
         self._last.save(self._path.with_suffix(".jpg"), quality=82)
         self._part.replace(self._path)
 
@@ -125,9 +128,13 @@ class Video:
         try:
             self._ffmpeg.stdin.write(picture.tobytes())
         except BrokenPipeError:
-            raise OSError(self._complaint()) from None
+            raise self._failure() from None
 
-    def _complaint(self) -> str:
-        """Waits for ffmpeg's end, and gives what it had to say."""
-        _, said = self._ffmpeg.communicate()
-        return f"ffmpeg could not write {self._path}: {said.decode(errors='replace').strip()}"
+    def _failure(self) -> OSError:
+        """Waits for ffmpeg's end, and gives what it had to say; with the error's number if the disk is full."""
+        _, output = self._ffmpeg.communicate()
+        said = output.decode(errors="replace").strip()
+        for number in FULL:
+            if os.strerror(number) in said:
+                return OSError(number, os.strerror(number), str(self._path))
+        return OSError(f"ffmpeg could not write {self._path}: {said}")

@@ -15,12 +15,13 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, TextIO
 
 from robodual_client.calvin import pace
-from robodual_client.calvin.records import Record
+from robodual_client.calvin.records import FULL, Record
 from robodual_client.calvin.roles import Environment, Policy, Watcher
 from robodual_client.calvin.rollout import run_sequence
 from robodual_client.calvin.sequences import published
@@ -55,8 +56,12 @@ def run(lines: TextIO, answers: TextIO) -> None:
         for number in _numbers(lines):
             answer({"record": _run(job, env, make_policy, number)})
     except Exception as error:  # the parent repeats the sequence in a fresh process, or stops the run
-        traceback.print_exc()
-        answer({"error": _one_line(error)})
+        with suppress(OSError):  # the log is on the same disk
+            traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in FULL:
+            answer({"fatal": f"{_one_line(error)}; make room, and --resume goes on"})
+        else:
+            answer({"error": _one_line(error)})
     finally:
         env.close()
 
