@@ -84,7 +84,7 @@ class Answer:
     chunk: npt.NDArray[np.float32]  # [8, 7], before temporal aggregation
     conditioning_step: int  # whose frame the conditioning was made of
     age: int  # steps since that frame
-    degraded: bool  # an older conditioning carried on with, the generalist or the store being out of reach
+    degraded: bool  # the conditioning is older than the service calls fresh, or the store is out of reach
     timings: dict[str, float]  # milliseconds by stage, on the server
     round_trip: float  # milliseconds of the attempt that was answered, seen from here
     failures: int  # attempts before it

@@ -28,7 +28,7 @@ from robodual_client.wire.rpc import GENERALIST, SPECIALIST
 logger = logging.getLogger(__name__)
 
 LONGEST_INSTRUCTION = 512
-LAST_EPISODE = 2**32 - 1
+LAST_EPISODE = 2**31 - 1
 CLOSING = 2.0  # seconds for each call of close
 
 
@@ -109,7 +109,9 @@ class Session:
             )
         following = self.episode + 1 if episode is None else episode
         if not self.episode < following <= LAST_EPISODE:
-            raise ValueError(f"episode must be over {self.episode}, the last one, and fit 32 bits, got {following}")
+            raise ValueError(
+                f"episode must be over {self.episode}, the last one, and at most {LAST_EPISODE}, got {following}"
+            )
         self._ready = False
         yield from self._stop_thinking()
         if self._specialist_info is None:

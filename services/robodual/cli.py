@@ -148,7 +148,10 @@ def up(
     with _pair(options, _print_line) as pair:
         console.print(_pair_table(pair))
         console.print(f"What the robots do: http://127.0.0.1:{pair.http_ports['specialist']}/operator/", soft_wrap=True)
-        console.print("Ctrl-C stops them. In another terminal: [bold]robodual evaluate --env playtable[/]")
+        command = "robodual evaluate --num-sequences 5 --out runs/first"
+        if (generalist_port, specialist_port) != (50051, 50052):
+            command += "".join(f" --{name} {address}" for name, address in pair.addresses.items())
+        console.print(f"Ctrl-C stops them. In another terminal: [bold]{command}[/]", soft_wrap=True)
         while True:
             pair.check()
             time.sleep(0.5)

@@ -24,7 +24,7 @@ stderr = Console(stderr=True)
 S = TypeVar("S", bound=Settings)
 
 Config = Annotated[
-    Path | None, typer.Option(help="TOML with [shared], [generalist] and [specialist]; ROBODUAL_CONFIG.")
+    Path | None, typer.Option(help="TOML with the tables shared, generalist and specialist; ROBODUAL_CONFIG.")
 ]
 
 

@@ -85,7 +85,7 @@ def _machine() -> Iterator[Finding]:
             found = f"{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
             yield Finding(f"cuda:{index}", "ok", found)
     else:
-        remedy = "robodual-7b needs a GPU of 24 GB (8 GB at 4 bits); toy runs on the CPU"
+        remedy = "robodual-7b needs a GPU of 24 GB (8 GB at 4 bits); playtable and toy run on the CPU"
         yield Finding("device", "note", f"no CUDA device; CPU with {torch.get_num_threads()} threads", remedy)
     binaries = [name for name in ("valkey-server", "redis-server") if shutil.which(name)]
     if binaries:

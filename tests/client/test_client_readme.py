@@ -25,11 +25,12 @@ class Env:
         return observation(self.steps % 5), 0, False, {}
 
 
-def test_example_runs(generalist, specialist):
+def test_example_runs(generalist, specialist, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     example = example.replace("127.0.0.1:50051", generalist.address).replace("127.0.0.1:50052", specialist.address)
     env = Env()
-    exec(example, {"env": env})  # noqa: S102 (the README of this repository)
+    monkeypatch.setattr("robodual_client.playtable.PlayTable", lambda: env)
+    exec(example, {})  # noqa: S102 (the README of this repository)
     assert env.steps == 360
     assert [request.step for request in generalist.requests("Condition")][:4] == [0, 7, 15, 23]
 

@@ -35,6 +35,7 @@ def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, name: 
 def test_variables_of_the_other_service_and_of_the_client_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBODUAL_SPECIALIST_MAX_SESSIONS", "3")
     monkeypatch.setenv("ROBODUAL_TOKEN", TOKEN)
+    monkeypatch.setenv("ROBODUAL_MODELS", "/models")
     assert GeneralistSettings().max_batch == 8
     assert SpecialistSettings().max_sessions == 3
 

@@ -28,7 +28,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
 def test_the_specialist_with_the_published_flags(folder: Path, tmp_path: Path) -> None:
     flags = ["--batch_size", "2", "--learning_rate", "1e-3", "--max_steps", "3", "--save_steps", "2"]
     flags += ["--log_steps", "1", "--num_inference_steps", "5", "--cond_drop_chance", "0.2", "--train_vision"]
-    flags += ["--with_depth", "--without_gripper"]
+    flags += ["--with_depth", "--without-gripper"]
     status, shown = invoke("specialist", str(folder), "--output", str(tmp_path), *flags)
     assert (status, "trained at step 3" in shown) == (0, True), shown
     weights = tmp_path / "checkpoints" / "step-00000003" / "specialist.safetensors"
@@ -44,6 +44,7 @@ def test_the_specialist_with_the_published_flags(folder: Path, tmp_path: Path) -
 
 def test_the_generalist_with_dashed_flags(folder: Path, tmp_path: Path) -> None:
     flags = ["--batch-size", "2", "--grad-accumulation-steps", "1", "--max-steps", "1", "--lora-rank", "2", "--merged"]
+    flags += ["--use-lora"]
     status, shown = invoke("generalist", str(folder / "training"), "--output", str(tmp_path), *flags)
     assert status == 0, shown
     checkpoint = tmp_path / "checkpoints" / "step-00000001"

@@ -25,8 +25,8 @@ from robodual.images import Strategy
 from robodual.serving import settings_file, tokens
 
 SHARED_PREFIX = "ROBODUAL_"
-# Variables of the client, of the tests and of each service, which are not shared settings.
-CLIENT = "ROBODUAL_TOKEN"
+# Variables of the client, of compose, of the tests and of each service, which are not shared settings.
+CLIENT = ("ROBODUAL_TOKEN", "ROBODUAL_MODELS")
 TESTS = ("ROBODUAL_PARITY_DIR", "ROBODUAL_CALVIN_DATA", "ROBODUAL_PYTHON38")
 OTHERS = ("ROBODUAL_CLIENT_", "ROBODUAL_GENERALIST_", "ROBODUAL_SPECIALIST_", *TESTS)
 
@@ -215,7 +215,7 @@ def check_environment(kind: type[BaseSettings]) -> None:
     for name in sorted(name.upper() for name in os.environ):
         if name.startswith(own) and own != SHARED_PREFIX:
             known = name.removeprefix(own).lower() in kind.model_fields
-        elif name.startswith(SHARED_PREFIX) and not name.startswith(OTHERS) and name != CLIENT:
+        elif name.startswith(SHARED_PREFIX) and not name.startswith(OTHERS) and name not in CLIENT:
             known = name.removeprefix(SHARED_PREFIX).lower() in Settings.model_fields
         else:
             continue

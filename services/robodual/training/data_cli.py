@@ -16,7 +16,7 @@ from rich.table import Table
 from robodual.training.annotations import DatasetError
 from robodual.training.object_array import ObjectArrayError
 
-data = typer.Typer(help="Demonstrations in CALVIN's format: collect them, check them.", no_args_is_help=True)
+data = typer.Typer(help="Demonstrations in CALVIN's format: collect, check and cache them.", no_args_is_help=True)
 console = Console()
 stderr = Console(stderr=True)
 
@@ -122,7 +122,7 @@ def cache(
         int | None, typer.Option(help="Side of the frames: a model's image size; without it, the cameras'.", min=8)
     ] = None,
     strategy: Annotated[str, typer.Option(help="resize-naive, letterbox or resize-crop.")] = "resize-naive",
-    tactile: Annotated[bool, typer.Option("--with_tactile", help="The tactile images too.")] = False,
+    tactile: Annotated[bool, typer.Option("--with_tactile", "--with-tactile", help="The tactile images too.")] = False,
     workers: Annotated[int, typer.Option(help="Processes; 0: one a CPU.", min=0)] = 0,
 ) -> None:
     """Decodes and resizes every step once, for `robodual train --frames`; started again, it goes on where it was."""

@@ -28,7 +28,7 @@ def option(*names: str, **settings: Any) -> Any:
 
 DataFolder = Annotated[Path, typer.Argument(help="A data set in CALVIN's format, or one split of it.")]
 Output = Annotated[Path, option("--output", help="Where checkpoints and logs go.")]
-Profile = Annotated[str, option("--profile", help="Model shapes: robodual-7b or toy.")]
+Profile = Annotated[str, option("--profile", help="Model shapes: robodual-7b, playtable or toy.")]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.")]
 Generalist = Annotated[
     str | None, option("--generalist", help="Its checkpoint: a folder or hub id. Without it, random weights.")
@@ -50,9 +50,12 @@ Enriched = Annotated[Path | None, option("--enriched", help="JSON: task to furth
 Augment = Annotated[bool, option("--image_aug", help="Augment the images (published: never read).")]
 Stride = Annotated[int, option("--window_stride", help="Steps between windows' starts (published: 1).", min=1)]
 Frames = Annotated[Path | None, option("--frames", help="A folder of `robodual data cache` to read the steps from.")]
-Bf16 = Annotated[bool | None, typer.Option("--bf16/--fp32", help="Autocast; without either, bf16 on CUDA.")]
-Quantisation = Annotated[str, option("--quantisation", help="Of the frozen base: none, fp8, or on CUDA int8 or nf4.")]
-UseLora = Annotated[bool, typer.Option("--use_lora/--full", help="Low-rank adapters, or all weights.")]
+Bf16 = Annotated[bool | None, option("--bf16/--fp32", help="Autocast; without either, bf16 on CUDA.")]
+Quantisation = Annotated[
+    str,
+    option("--quantisation", help="Of the frozen base: none, or on CUDA int8 or nf4; fp8 where it only conditions."),
+]
+UseLora = Annotated[bool, option("--use_lora/--full", help="Low-rank adapters, or all weights.")]
 LoraRank = Annotated[int, option("--lora_rank", min=1)]
 LoraDropout = Annotated[float, option("--lora_dropout", min=0.0, max=1.0)]
 Checkpointing = Annotated[bool, option("--gradient_checkpointing", help="Less memory, about a third slower.")]
@@ -95,9 +98,9 @@ def specialist(
     attention_dropout: Annotated[
         float, option("--attention_dropout", help="Of the denoiser (published: 0.1).", min=0.0, max=0.9)
     ] = 0.1,
-    with_depth: Annotated[bool | None, typer.Option("--with_depth/--without_depth")] = None,
-    with_gripper: Annotated[bool | None, typer.Option("--with_gripper/--without_gripper")] = None,
-    with_tactile: Annotated[bool | None, typer.Option("--with_tactile/--without_tactile")] = None,
+    with_depth: Annotated[bool | None, option("--with_depth/--without_depth")] = None,
+    with_gripper: Annotated[bool | None, option("--with_gripper/--without_gripper")] = None,
+    with_tactile: Annotated[bool | None, option("--with_tactile/--without_tactile")] = None,
     start: Annotated[Path | None, option("--specialist", help="A specialist's checkpoint to go on from.")] = None,
     vision_weights: Annotated[
         Path | None, option("--vision_weights", help="DINO ViT-S/16 as safetensors (timm's names).")
