@@ -96,8 +96,13 @@ def numbers(stage: Stage) -> tuple[float, ...]:
     return stage.gigaflops, stage.megabytes, stage.bound, stage.median, stage.p99, stage.near
 
 
-def specialist_stages(engine: SpecialistEngine, context_length: int) -> dict[str, Callable[[], Any]]:
-    """One step's parts, of all sensors but the tactile one, and the whole step last."""
+def specialist_stages(
+    engine: SpecialistEngine, context_length: int
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+    """One step's parts, of all sensors but the tactile one, and the whole step last.
+
+    Also what is counted in the place of a stage: a graph that is replayed shows no operations.
+    """
     _, request = specialist.steps(engine, context_length)
     policy, preparation, model = engine.policy, engine.preparation, engine.policy.model
     frames = [request.frame]
@@ -123,7 +128,7 @@ def specialist_stages(engine: SpecialistEngine, context_length: int) -> dict[str
     start = preparation.vectors([request.noise])
     reference = preparation.vectors([request.reference_actions])
     conditioning = request.conditioning.mean[None]
-    return {
+    stages = {
         "frames to the encoders": prepare,
         "vision encoder": partial(see, pixels),
         "depth encoder": partial(feel, maps),
@@ -132,6 +137,7 @@ def specialist_stages(engine: SpecialistEngine, context_length: int) -> dict[str
         "denoising": partial(sampler, start, reference, conditioning, context),
         "a step": partial(engine.act, [request]),
     }
+    return stages, {"a step": lambda: engine._step(engine._gather([request]))}
 
 
 def generalist_stages(engine: GeneralistEngine) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
@@ -227,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.system == "specialist":
             engine = load_specialist(options.profile, device=options.device, dtype=options.dtype)
             device, dtype = engine.preparation.device, engine.preparation.dtype
-            stages, counted = specialist_stages(engine, options.context_length), {}
+            stages, counted = specialist_stages(engine, options.context_length)
         else:
             weights = shipped(options.profile, "generalist")
             thinker = load_generalist(

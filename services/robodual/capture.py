@@ -62,19 +62,26 @@ class Shapes(Generic[Key, Outputs]):
         self._name = name
         self._most = most
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
+        self._too_large: set[Key] = set()
 
     def is_to_come(self, key: Key) -> bool:
         """Whether `find` will run the function to capture it."""
-        return key not in self._graphs and self.works and len(self._graphs) < self._most
+        known = key in self._graphs or key in self._too_large
+        return not known and self.works and len(self._graphs) < self._most
 
     def find(self, key: Key, function: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs] | None:
         """The graph of a shape and its outputs, captured from `function` when the shape first comes.
 
-        None where there is none: too many, or a driver or an operator that cannot be captured, once and for all.
+        None where there is none: too many, no memory for this one, or a driver or an operator that cannot be captured,
+        once and for all.
         """
         if self.is_to_come(key):
             try:
                 self._graphs[key] = self._record(function)
+            except torch.OutOfMemoryError as error:
+                self._too_large.add(key)
+                self._record.renew()
+                logger.warning(f"{self._name} without a CUDA graph for one shape", shape=key, reason=str(error))
             except RuntimeError as error:  # slower, but as right
                 self.works = False
                 self._record.renew()

@@ -22,7 +22,10 @@ def choose(name: str) -> torch.device:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(
+            f"device: {name} is not there; PyTorch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices: "
+            "is it a CUDA build, is the driver new enough for it (nvidia-smi), and does a container get the GPU?"
+        )
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
     return device

@@ -59,7 +59,10 @@ def _packages() -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             yield Finding(name, "fault", "not installed", "pip install -e clients -e .")
     optional = {
-        "flash_attn": ("flash-attn", "pip install 'robodual[cuda]' for FlashAttention-2; SDPA is used without it"),
+        "flash_attn": (
+            "flash-attn",
+            "for --attention flash_attention_2 only; pip install 'robodual[cuda]' compiles it",
+        ),
         "bitsandbytes": ("bitsandbytes", "pip install bitsandbytes for 8-bit and 4-bit generalists on CUDA"),
         "pybullet": ("pybullet", "pip install 'robodual-client[sim]' for the built-in simulator"),
         "calvin_env": ("calvin_env", "not needed: the client takes a checkout, CALVIN_ROOT (docs/evaluation.md)"),

@@ -35,7 +35,8 @@ class Graphs:
 
         def function() -> tuple[Inputs, Outputs]:
             if not static:  # before the capture, in the first of the runs that warm up
-                static.extend(None if tensor is None else tensor.clone() for tensor in inputs)
+                with torch.inference_mode(False):  # in which others are never written to outside of it
+                    static.extend(None if tensor is None else tensor.detach().clone() for tensor in inputs)
             return static, self._function(*static)
 
         found = self._shapes.find(key, function)

@@ -92,3 +92,4 @@ def test_gpus_are_reserved() -> None:
     for name in ("generalist", "specialist"):
         (device,) = SERVICES[name]["deploy"]["resources"]["reservations"]["devices"]
         assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+        assert SERVICES[name]["environment"]["ROBODUAL_DEVICE"] == "cuda", "without a GPU it would serve from the CPU"

@@ -75,7 +75,6 @@ def test_prompts_of_different_lengths_are_read_without_a_graph(engine: Generalis
 def test_prompts_that_cannot_be_captured_leave_the_steps_captured(
     engine: GeneralistEngine, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with FlashAttention-2, whose wrapper in Transformers looks at positions."""
     read = stepping._read
 
     def looking(model: Any, state: Any, embeddings: Any, positions: Any, mask: Any) -> None:
@@ -91,6 +90,19 @@ def test_prompts_that_cannot_be_captured_leave_the_steps_captured(
     assert [entry["event"] for entry in logs] == ["prompts are read without CUDA graphs"]
     assert (cuda.captures, stepper.captures) == (2, True)
     assert cuda.graphs.replays == 2 * 57
+
+
+def test_prompts_with_flash_attention_2_are_never_captured(
+    engine: GeneralistEngine, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its wrapper in Transformers looks at the positions of a batch of one."""
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model.language_model.config, "_attn_implementation", "flash_attention_2")
+        stepper = Stepper(engine.model, captures=True)
+    with capture_logs() as logs:
+        assert agrees(engine, stepper, [LONG], seed=0)
+    assert not logs
+    assert cuda.captures == 2, "frames and steps"
 
 
 def test_guesses_take_one_shape_and_the_same_forwards(engine: GeneralistEngine, cuda: Cuda) -> None:

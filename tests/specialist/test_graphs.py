@@ -34,11 +34,14 @@ class Cuda:
         self.calls = 0
         self.capturable = True
         self.capturing = False
+        self.memory = 8  # of batches of at most so many
         self._last: tuple[Inputs, tuple[Tensor, Tensor]]
 
     def function(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         if self.capturing and not self.capturable:
             raise RuntimeError("operation not permitted when stream is capturing")
+        if self.capturing and len(inputs.noise) > self.memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         self.calls += 1
         outputs = self._compute(inputs)
         self._last = inputs, outputs
@@ -66,6 +69,7 @@ class Cuda:
             self.capturing = False
         inputs, outputs = self._last
 
+        @torch.inference_mode()  # a replay writes to any tensor
         def replay() -> None:
             for output, value in zip(outputs, self._compute(inputs)):
                 output.copy_(value)
@@ -156,6 +160,24 @@ def test_a_step_that_cannot_be_captured_runs_without_and_on_the_callers_stream(c
         assert agree(run(one), one)
         assert cuda.current is cuda.default
     assert cuda.calls == WARMUP + 3, "a capture that failed is not tried again"
+
+
+def test_a_shape_without_memory_runs_without_a_graph_and_leaves_the_others_theirs(cuda: Cuda) -> None:
+    cuda.memory = 1
+    run = captured(cuda)
+    for seed, batch in enumerate([2, 1, 2, 1]):
+        one = inputs(batch, seed)
+        assert agree(run(one), one)
+        assert cuda.current is cuda.default
+    assert cuda.calls == (WARMUP + 1 + 1) + (WARMUP + 1)
+
+
+def test_what_was_captured_in_inference_mode_answers_outside_of_it(cuda: Cuda) -> None:
+    run = captured(cuda)
+    with torch.inference_mode():
+        run(inputs(1, 0))
+    one = inputs(1, 1)
+    assert agree(run(one), one)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

@@ -55,11 +55,14 @@ class Adapter:
                 )
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
-        """The weight of that name with the adapter in it: W + scale * B A (LoRA, arXiv 2106.09685, section 4.1)."""
+        """The weight of that name with the adapter in it: W + scale * B A (LoRA, arXiv 2106.09685, section 4.1).
+
+        The product is one of float64, so that every device rounds it to the same weights.
+        """
         if name not in self.low:
             return weight
-        low = self.low[name].to(weight.device).float()
-        high = self.high[name].to(weight.device).float()
+        low = self.low[name].to(weight.device).double()
+        high = self.high[name].to(weight.device).double()
         return weight + (self.scale * (high @ low)).to(weight.dtype)
 
 

@@ -209,6 +209,4 @@ def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
             "attention: flash_attention_2 needs the flash-attn package, a 16-bit dtype and a CUDA device of compute "
             "capability 8.0 or more"
         )
-    if name == "auto":
-        return "flash_attention_2" if able else "sdpa"
-    return name
+    return "sdpa" if name == "auto" else name

@@ -23,7 +23,7 @@ FP8_MOST = 448.0  # its largest value
 
 
 class Float8Linear(nn.Module):
-    """A linear layer without bias whose weight is float8 (e4m3) with a scale a row, multiplied out when it is used."""
+    """A linear layer without bias whose weight is float8 (e4m3) with a scale a row, which scales what comes out."""
 
     def __init__(self, weight: Tensor) -> None:
         """Quantises `weight` [out, in], in whose dtype the layer computes."""
@@ -32,10 +32,10 @@ class Float8Linear(nn.Module):
         scale = (weight.abs().amax(dim=1, keepdim=True) / FP8_MOST).clamp(min=least)
         values = (weight.float() / scale.float()).clamp(-FP8_MOST, FP8_MOST)  # beyond, there is only NaN
         self.weight = nn.Parameter(values.to(FP8), requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)  # [out, 1]
+        self.scale = nn.Parameter(scale.squeeze(1), requires_grad=False)  # [out]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return F.linear(x, self.weight.to(self.scale.dtype) * self.scale)
+        return F.linear(x, self.weight.to(self.scale.dtype)) * self.scale
 
 
 def check_quantisation(mode: str, device: torch.device) -> None:

@@ -58,7 +58,8 @@ class Stepper:
 
     On CUDA each shape of a step (sequences, new tokens, length of the cache) is captured when it first comes, and
     replayed from then on: the model's modules and their memory must stay, their values may change. So are the passes
-    over frames and over prompts of one length; prompts of different lengths are read uncaptured.
+    over frames and over prompts of one length; prompts of different lengths are read uncaptured, as are all with
+    FlashAttention-2.
     """
 
     def __init__(self, model: Generalist, *, captures: bool | None = None) -> None:
@@ -71,7 +72,11 @@ class Stepper:
         if model.device.type == "cuda" if captures is None else captures:
             self._record = Recorder(model.device)
             self._seen = Graphs(lambda pixels: (model.see(pixels),), model.device, "frames are seen")
-            self._prompts = Shapes[tuple[int, int], None](self._record, "prompts are read", MOST_PROMPTS)
+            # FlashAttention-2's wrapper in Transformers looks at the positions of a batch of one.
+            looks = model.language_model.config._attn_implementation == "flash_attention_2"
+            self._prompts = Shapes[tuple[int, int], None](
+                self._record, "prompts are read", 0 if looks else MOST_PROMPTS
+            )
             self._steps = Shapes[tuple[int, int, int, bool, bool], None](self._record, "decoding runs", MOST)
         # The batch that is in it.
         self._state: _State
