@@ -147,7 +147,10 @@ def up(
     )
     with _pair(options, _print_line) as pair:
         console.print(_pair_table(pair))
-        console.print(f"What the robots do: http://127.0.0.1:{pair.http_ports['specialist']}/operator/", soft_wrap=True)
+        console.print(
+            f"What the robots do: http://{pair.host('specialist')}:{pair.http_ports['specialist']}/operator/",
+            soft_wrap=True,
+        )
         command = "robodual evaluate --num-sequences 5 --out runs/first"
         if (generalist_port, specialist_port) != (50051, 50052):
             command += "".join(f" --{name} {address}" for name, address in pair.addresses.items())

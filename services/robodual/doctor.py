@@ -19,9 +19,17 @@ import redis.exceptions
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from robodual.serving.provenance import masked
 from robodual_client import Tls, wire
 from robodual_client.channel import Security, security
 from robodual_client.wire import rpc
+
+# What the services read too.
+REDIS_FILES = {
+    "ca_certs": "ROBODUAL_REDIS_CA",
+    "certfile": "ROBODUAL_REDIS_CERTIFICATE",
+    "keyfile": "ROBODUAL_REDIS_KEY",
+}
 
 
 @dataclass(frozen=True)
@@ -106,27 +114,30 @@ def _machine() -> Iterator[Finding]:
 
 
 async def _redis(url: str) -> Finding:
+    shown = masked(url)
+    files: dict[str, Any] = {
+        f"ssl_{name}": path for name, variable in REDIS_FILES.items() if (path := os.environ.get(variable))
+    }
     try:
-        client: Any = redis.asyncio.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2)
+        client: Any = redis.asyncio.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2, **files)
     except ValueError as error:
         # Of a password that is not percent-encoded, the error may show a piece that was taken for a host or a port.
         known = url.startswith(("redis://", "rediss://", "unix://"))
         reason = "malformed; percent-encode any of /?#@:% in its password" if known else error
-        return Finding("redis", "fault", f"{_without_password(url)}: {reason}", "correct ROBODUAL_REDIS_URL")
+        return Finding("redis", "fault", f"{shown}: {reason}", "correct ROBODUAL_REDIS_URL")
     try:
-        server = await client.info("server")
+        await client.ping()
+        try:
+            server = await client.info("server")
+        except redis.exceptions.NoPermissionError:  # which the services do not need
+            return Finding("redis", "ok", f"{shown}, its version is not shown to this user")
     except (redis.exceptions.RedisError, OSError) as error:
         remedy = "start one, or let `robodual up` start its own; check ROBODUAL_REDIS_URL"
-        return Finding("redis", "fault", f"{_without_password(url)} does not answer: {error}", remedy)
+        return Finding("redis", "fault", f"{shown} does not answer: {error}", remedy)
     finally:
         await client.aclose()
     version = server.get("valkey_version") or server.get("redis_version")
-    return Finding("redis", "ok", f"{_without_password(url)}, version {version}")
-
-
-def _without_password(url: str) -> str:
-    head, at, tail = url.partition("?")[0].rpartition("@")
-    return f"{head.partition('://')[0]}://***@{tail}" if at else url
+    return Finding("redis", "ok", f"{shown}, version {version}")
 
 
 async def _service(name: str, service: str, address: str, shown: Security) -> Finding:

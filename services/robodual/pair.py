@@ -16,10 +16,11 @@ from typing import IO
 from robodual.conditioning.valkey import EmbeddedServer
 from robodual.parent import end_with_parent
 from robodual.serving import settings_file
-from robodual.serving.probe import waiting_for
+from robodual.serving.probe import LOOPBACK, waiting_for
 from robodual.serving.settings import TABLES
 
 SERVICES = ("generalist", "specialist")
+LOCAL = "127.0.0.1"
 
 
 class PairError(RuntimeError):
@@ -69,7 +70,13 @@ class Pair:
     @property
     def addresses(self) -> dict[str, str]:
         """host:port of each service's gRPC endpoint."""
-        return {name: f"127.0.0.1:{port}" for name, port in self.ports.items()}
+        return {name: f"{self.host(name)}:{port}" for name, port in self.ports.items()}
+
+    def host(self, service: str) -> str:
+        """Where this machine reaches the service, as a URL has it."""
+        bound = self._setting(service, "host") or LOCAL
+        host = LOOPBACK.get(bound, bound)
+        return f"[{host}]" if ":" in host else host
 
     @property
     def pids(self) -> dict[str, int]:
@@ -177,32 +184,36 @@ class Pair:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.options.start_timeout
         waiting = set(SERVICES)
-        files = {name: [self._setting(name, f"tls_{what}") for what in ("certificate", "key")] for name in SERVICES}
+        places: dict[str, tuple[str, Path | None, Path | None]] = {}
+        for name in SERVICES:
+            certificate, key = self._setting(name, "tls_certificate"), self._setting(name, "tls_key")
+            host = self._setting(name, "host") or LOCAL
+            places[name] = host, Path(certificate) if certificate else None, Path(key) if key else None
         while waiting:
             self.check()
-            waiting -= {name for name in waiting if not waiting_for(self.http_ports[name], "127.0.0.1", *files[name])}
+            waiting -= {name for name in waiting if not waiting_for(self.http_ports[name], *places[name])}
             if waiting and time.monotonic() > deadline:
                 names = " and ".join(sorted(waiting))
                 raise PairError(f"the {names} was not ready after {self.options.start_timeout:.0f} s; see its log")
             time.sleep(0.05)
 
-    def _setting(self, service: str, name: str) -> Path | None:
-        """A path among the settings, where the service will find it."""
+    def _setting(self, service: str, name: str) -> str | None:
+        """One of the settings, where the service will find it."""
         for prefix in (f"ROBODUAL_{service.upper()}_", "ROBODUAL_"):
             if value := self.environment.get(prefix + name.upper()):
-                return Path(value)
+                return value
         if not (file := self.environment.get("ROBODUAL_CONFIG")):
             return None
         try:
             value = settings_file.merged(settings_file.read(Path(file), TABLES), service).get(name)
         except ValueError as error:
             raise PairError(str(error)) from error
-        return Path(value) if value else None
+        return str(value) if value else None
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOCAL, 0))
         port: int = probe.getsockname()[1]
         return port
 
@@ -212,7 +223,7 @@ def _is_free(port: int) -> bool:
         # As the services do: connections that linger from an earlier pair do not matter.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((LOCAL, port))
         except OSError:
             return False
         return True

@@ -1,4 +1,4 @@
-"""Adapters beside their layers give what merged ones give, spare quantised weights the rounding; and what merging gives."""
+"""Adapters beside their layers give what merged ones give, and spare quantised weights the rounding; merging."""
 
 from __future__ import annotations
 

@@ -283,3 +283,14 @@ async def test_a_password_never_shows_in_an_error(valkey: EmbeddedServer) -> Non
         await store.ping()
     assert "wrong-secret" not in str(failure.value)
     await store.close()
+
+
+async def test_who_finds_every_connection_taken_waits_for_one(valkey: EmbeddedServer) -> None:
+    store = Store(valkey.url, timeout=5)
+    with redis.Redis.from_url(valkey.url) as client:
+        client.client_pause(300, all=True)
+    await asyncio.gather(*(store.put(f"robot{number}", conditioning(1, 0)) for number in range(150)))
+    await store.close()
+    with redis.Redis.from_url(valkey.url) as client:
+        assert client.info("stats")["total_connections_received"] < 150
+        assert len(client.keys("robodual:robot*")) == 150

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from urllib.parse import urlsplit
 
+import redis
+
+from robodual.conditioning.valkey import EmbeddedServer
 from robodual.doctor import examine
 
 
@@ -19,4 +23,17 @@ def test_a_password_that_makes_a_malformed_url_is_not_shown() -> None:
     findings = asyncio.run(examine("redis://:pass/word@127.0.0.1:1/0", "127.0.0.1:1", "127.0.0.1:1"))
 
     redis = next(finding for finding in findings if finding.subject == "redis" and finding.state == "fault")
-    assert redis.found == "redis://***@127.0.0.1:1/0: malformed; percent-encode any of /?#@:% in its password"
+    assert redis.found == "redis://**********: malformed; percent-encode any of /?#@:% in its password"
+
+
+def test_the_user_that_the_services_have_is_enough() -> None:
+    with EmbeddedServer() as server:
+        port = urlsplit(server.url).port
+        with redis.Redis.from_url(server.url) as client:
+            client.execute_command("ACL", "SETUSER", "robodual", "on", ">secret", "~robodual:*", "-@all", "+ping")
+        url = f"redis://robodual:secret@127.0.0.1:{port}/0"
+        findings = asyncio.run(examine(url, "127.0.0.1:1", "127.0.0.1:1"))
+
+    found = next(finding for finding in findings if finding.subject == "redis" and finding.found.startswith("redis://"))
+    assert found.state == "ok"
+    assert found.found == f"redis://robodual:**********@127.0.0.1:{port}/0, its version is not shown to this user"

@@ -180,3 +180,10 @@ def test_a_pair_whose_settings_file_asks_for_tls_becomes_ready(certificates: Pat
         DualSystemClient(**pair.addresses, tls=secured) as client,
     ):
         assert set(client.info()) == {"generalist", "specialist"}
+
+
+def test_a_pair_bound_to_another_address_is_asked_there() -> None:
+    settings = {"ROBODUAL_HOST": "127.0.0.2"}
+    with Pair(Options(settings=settings, start_timeout=120)) as pair, DualSystemClient(**pair.addresses) as client:
+        assert pair.addresses["specialist"].startswith("127.0.0.2:")
+        assert set(client.info()) == {"generalist", "specialist"}

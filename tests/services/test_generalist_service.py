@@ -112,3 +112,14 @@ async def test_a_full_queue_turns_requests_away(generalist_engine: GeneralistEng
         assert refused
         assert {outcome.code() for outcome in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert len(refused) < len(outcomes)
+
+
+async def test_an_instruction_whose_prompt_is_too_long_for_a_record_costs_no_thought(thinker: Replica) -> None:
+    with pytest.raises(Refused) as refused:
+        await thinker.stub.Condition(request("robot", 0, instruction="\N{ROBOT FACE}" * 512), timeout=60)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    details = refused.value.details() or ""
+    assert details.startswith("instruction: its prompt is ")
+    assert "expected at most 640" in details
+    answer = await thinker.stub.Condition(request("robot", 0, instruction="push " * 102), timeout=60)
+    assert answer.stored

@@ -3,7 +3,9 @@
 import asyncio
 
 import grpc
+import pytest
 import redis
+import torch
 from replicas import (
     KEY,
     Replica,
@@ -212,3 +214,19 @@ async def test_whoever_waits_is_told_at_once_that_the_record_cannot_be_read(
     assert "could not be read" in details
     assert (await store.put("robot", conditioning(1, 2)))[0]
     assert (await replica.stub.Act(request, timeout=30)).conditioning == version(1, 2)
+
+
+async def test_a_projection_that_fails_is_an_error_at_once_and_not_a_deadline(
+    specialist_engine: SpecialistEngine, store: Store, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def project(hidden_states: torch.Tensor) -> None:
+        raise RuntimeError("no memory left")
+
+    async with specialist(specialist_engine, url) as replica:
+        monkeypatch.setattr(specialist_engine, "project", project)
+        await replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=1))
+        await store.put("robot", conditioning(1, 0))
+        call = replica.stub.Act(act("robot", 0, min_conditioning=version(1, 0)), timeout=30)
+        code, details = await asyncio.wait_for(status(call), 5)
+    assert code == grpc.StatusCode.INTERNAL
+    assert details.startswith("internal error")

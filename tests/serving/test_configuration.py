@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from robodual.cli import app
+from robodual.serving.provenance import masked
 from robodual.serving.settings import GeneralistSettings, SpecialistSettings
 
 TOKEN = "a-token-of-sixteen-or-more"
@@ -147,3 +148,23 @@ def test_what_is_shown_is_every_setting_without_its_secrets(file: Path, monkeypa
         assert TOKEN not in text
         assert "hunter" not in text
     assert "redis.lab" in people.output
+
+
+@pytest.mark.parametrize(
+    ("url", "seen"),
+    [
+        ("redis://127.0.0.1:6379/0", "redis://127.0.0.1:6379/0"),
+        ("redis://:SECRET@h:1/0", "redis://:**********@h:1/0"),
+        ("rediss://robot:SECRET@h/0?password=SECRET", "rediss://robot:**********@h/0"),
+        ("redis://h/0?password=SECRET", "redis://h/0"),
+        ("redis://h/0?password=SEC@RET", "redis://**********"),
+        ("unix:///run/redis.sock?db=0&password=SECRET", "unix:///run/redis.sock"),
+        ("redis://:SEC/RET@h:1/0", "redis://**********"),
+        ("redis://robot:12/SECRET@h:1/0", "redis://**********"),
+        ("redis://:SEC?RET@h:1/0", "redis://**********"),
+        ("redis://robot:12#SECRET@h:1/0", "redis://**********"),
+        ("SECRET", "**********"),
+    ],
+)
+def test_no_piece_of_a_password_is_shown(url: str, seen: str) -> None:
+    assert masked(url) == seen

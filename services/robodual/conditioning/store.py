@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.exceptions import RedisError
@@ -23,6 +23,7 @@ FOREIGN = "session_id: this session belongs to another token; use the token that
 PING_INTERVAL = 2.0
 RECONNECT_FIRST = 0.05
 RECONNECT_MOST = 1.0
+CONNECTIONS = 32
 
 T = TypeVar("T")
 
@@ -260,8 +261,11 @@ def _connect(url: str, timeout: float, retry: Retry, tls: Tls | None) -> Redis:
     files = {} if tls is None else {"ca_certs": tls.ca, "certfile": tls.certificate, "keyfile": tls.key}
     given: dict[str, Any] = {f"ssl_{name}": str(path) for name, path in files.items() if path is not None}
     try:
-        return Redis.from_url(
+        # Who finds all connections taken waits, as for an answer, and is not turned away.
+        pool = BlockingConnectionPool.from_url(
             url,
+            max_connections=CONNECTIONS,
+            timeout=timeout,
             socket_timeout=timeout,
             socket_connect_timeout=timeout,
             retry=retry,
@@ -269,6 +273,7 @@ def _connect(url: str, timeout: float, retry: Retry, tls: Tls | None) -> Redis:
             decode_responses=False,
             **given,
         )
+        return Redis.from_pool(pool)
     except ValueError:
         # Its own message may show a piece of the password, which an unescaped character has made a host or a port.
         raise ValueError(

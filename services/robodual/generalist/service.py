@@ -14,10 +14,11 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from robodual.conditioning.record import MAX_INSTRUCTION, Conditioning, Version
+from robodual.conditioning.record import MAX_INSTRUCTION, MAX_VALUES, Conditioning, Version
 from robodual.conditioning.store import ForeignSession, Store, StoreUnavailable, Tls
 from robodual.facts import together
 from robodual.generalist.engine import GeneralistEngine, Thought, load_generalist
+from robodual.generalist.tokens import GENERATED
 from robodual.profiles import shipped
 from robodual.serving import auth, fields, server
 from robodual.serving.batching import Batcher
@@ -33,6 +34,7 @@ from robodual_client import tensors, wire
 
 logger = structlog.get_logger(__name__)
 
+MAX_PROMPT = 640  # tokens: of 512 characters, where a tokenizer has one for each
 HEARTBEAT = 1.0  # seconds between looks at the store
 
 
@@ -53,12 +55,16 @@ class GeneralistService:
         leases: Leases,
         info: wire.InfoResponse,
         metrics: Metrics,
+        model: GeneralistEngine,
     ) -> None:
+        """`model`: any of those behind the batchers; its tokenizer says how long a prompt is."""
         self._batchers = batchers
         self._store = store
         self._leases = leases
         self._info = info
         self._metrics = metrics
+        self._most_tokens = min(MAX_PROMPT, MAX_VALUES // model.width - GENERATED)
+        self._count = functools.lru_cache(maxsize=1024)(lambda text: len(model.processor.prompt(text)))
 
     async def Condition(self, request: wire.ConditionRequest, context: Any) -> wire.ConditionResponse:
         timings = Timings(self._metrics)
@@ -67,6 +73,10 @@ class GeneralistService:
         if not instruction.strip() or len(instruction) > MAX_INSTRUCTION:
             raise InvalidArgument(
                 f"instruction: expected 1 to {MAX_INSTRUCTION} characters that say what to do, got {len(instruction)}"
+            )
+        if (count := self._count(instruction)) > self._most_tokens:
+            raise InvalidArgument(
+                f"instruction: its prompt is {count} tokens long, expected at most {self._most_tokens}; say it shorter"
             )
         self._leases.renew(owner, session)
         frame = await fields.image(request, "rgb_static", field="rgb_static", sides=tensors.IMAGE_SIDES)
@@ -144,7 +154,7 @@ async def serving(settings: GeneralistSettings, *engines: GeneralistEngine) -> A
         info = describe("generalist", facts, ["rgb_static"])
         metrics.watch_memory(*facts.device.split(","))
         leases = Leases(most=settings.max_sessions_per_token, ttl=settings.conditioning_ttl)
-        endpoints.open(GeneralistService(batchers, store, leases, info, metrics), info)
+        endpoints.open(GeneralistService(batchers, store, leases, info, metrics, models[0]), info)
         cleanup.push_async_callback(endpoints.drain)
         yield endpoints
 

@@ -13,6 +13,8 @@ from pydantic import SecretStr
 from robodual.serving import settings_file
 from robodual.serving.settings import SHARED_PREFIX, TABLES, Settings
 
+HIDDEN = "**********"
+
 
 def sources(kind: type[Settings], given: Mapping[str, Any]) -> dict[str, str]:
     """Where each setting of `kind` comes from, the command line having `given` some.
@@ -46,14 +48,22 @@ def shown(settings: Settings) -> dict[str, Any]:
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if isinstance(value, SecretStr):
-            values[name] = _masked(value.get_secret_value())
+            values[name] = masked(value.get_secret_value())
     return values
 
 
-def _masked(url: str) -> str:
-    parts = urlsplit(url)
-    if not parts.scheme:
-        return "**********"
+def masked(url: str) -> str:
+    """A URL without its password and options; of a malformed one, where the password may be anywhere, the scheme."""
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        return HIDDEN
+    try:
+        parts = urlsplit(url)
+        malformed = parts.port is None and parts.netloc.endswith(":")  # asking for a port that is none raises
+    except ValueError:
+        malformed = True
+    if malformed or parts.fragment or "@" in parts.path + parts.query:
+        return f"{scheme}://{HIDDEN}"
     user, secret, place = parts.netloc.rpartition("@")
     user = user.partition(":")[0]
-    return f"{parts.scheme}://{f'{user}:**********@' if secret else ''}{place}{parts.path}"
+    return f"{parts.scheme}://{f'{user}:{HIDDEN}@' if secret else ''}{place}{parts.path}"

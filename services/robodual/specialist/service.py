@@ -309,7 +309,11 @@ class SpecialistService:
                 continue
             if not asked:
                 asked = True
-                await asyncio.wait({asyncio.ensure_future(self._feed.refresh(session))}, timeout=left)
+                refresh = asyncio.ensure_future(self._feed.refresh(session))
+                refresh.add_done_callback(asyncio.Future.exception)  # or it is said to have been lost
+                await asyncio.wait({refresh}, timeout=left)
+                if refresh.done():
+                    refresh.result()
 
 
 def _nothing() -> None:
