@@ -226,6 +226,28 @@ async def test_other_work_that_is_cancelled_leaves_the_thread_alive(started: boo
     assert not ran
 
 
+async def test_other_work_that_never_ends_and_batches_take_turns() -> None:
+    model, order = Model(), []
+    model.go.set()
+    async with batching(model) as batcher:
+
+        async def busy() -> None:
+            while True:
+                await batcher.call(time.sleep, 0.005)
+                order.append(0)
+
+        others = [asyncio.create_task(busy()) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        order.clear()
+        for item in range(1, 11):
+            assert (await asyncio.wait_for(batcher.submit(item, session="a"), 5)).answer == 2 * item
+            order.append(item)
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+    assert order.count(0) in range(8, 13), "a call for each batch"
+
+
 async def test_a_request_cancelled_in_a_batch_that_fails_is_not_run_again() -> None:
     batches = []
     filled, cancelled = threading.Event(), threading.Event()

@@ -7,11 +7,10 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from robodual.serving.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from robodual.serving.metrics import Metrics
@@ -57,10 +56,10 @@ class Batcher(Generic[Item, Answer]):
 
     A batch is what is waiting when the thread is free: at most `max_batch` items, a session's second only after every
     other session's first. There is no fixed wait for a batch to fill: a session that was alone starts at once, and
-    those of a batch, who were answered together, get a little of the time that it took to come back together. Items
-    whose caller was cancelled or whose deadline has passed are dropped before they cost compute. Where a batch raises,
-    its items run one by one, so that a bad one fails alone. Several engines have a batcher each, which share their
-    metrics; `load` says which has least to do.
+    those of a batch, who were answered together, get a little of the time that it took to come back together. Batches
+    and other work take turns, where both wait. Items whose caller was cancelled or whose deadline has passed are
+    dropped before they cost compute. Where a batch raises, its items run one by one, so that a bad one fails alone.
+    Several engines have a batcher each, which share their metrics; `load` says which has least to do.
     """
 
     def __init__(
@@ -77,7 +76,9 @@ class Batcher(Generic[Item, Answer]):
         self._company: set[str] = set()  # the sessions of the last batch
         self._until = 0.0  # when it is given up that they come back together
         self._waking: asyncio.TimerHandle | None = None
-        self._calls = 0
+        self._others: deque[tuple[Callable[[], None], asyncio.Future[Any]]] = deque()  # calls that wait, and their ends
+        self._calling = False
+        self._called = False  # rather than a batch, when the thread was last given something
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -122,23 +123,19 @@ class Batcher(Generic[Item, Answer]):
         """Runs `function` in the model's thread, between batches."""
         if self._closed:
             raise Unavailable("the service is shutting down")
-        done: Future[R] = Future()
+        done: asyncio.Future[R] = self._loop.create_future()
 
         def job() -> None:
-            if not done.set_running_or_notify_cancel():
-                return
+            end: Callable[[], None]
             try:
-                done.set_result(function(*args, **kwargs))
+                end = partial(done.set_result, function(*args, **kwargs))
             except BaseException as error:
-                done.set_exception(error)
+                end = partial(done.set_exception, error)
+            self._loop.call_soon_threadsafe(self._end_call, done, end)
 
-        self._calls += 1
-        self._jobs.put(job)
-        try:
-            return await asyncio.wrap_future(done)
-        finally:
-            self._calls -= 1
-            self._start()
+        self._others.append((job, done))
+        self._start()
+        return await done
 
     async def close(self) -> None:
         """Fails what waits with `Unavailable` and ends the thread after the batch it is in."""
@@ -146,21 +143,44 @@ class Batcher(Generic[Item, Answer]):
         for tickets in (self._running, *self._waiting.values()):
             for ticket in tickets:
                 ticket.fail(Unavailable("the service is shutting down"))
+        for _, done in self._others:
+            if not done.done():
+                done.set_exception(Unavailable("the service is shutting down"))
         self._waiting.clear()
+        self._others.clear()
         self._count = 0
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join)
 
     def _start(self) -> None:
-        """Gives the thread a batch of what waits, if it has no other work: none is formed before it can run."""
-        if self._running or self._calls or self._closed:
+        """Gives the thread a batch of what waits, or a call, if it has no work: a batch is formed when it can run."""
+        if self._running or self._calling or self._closed:
+            return
+        while self._others and self._others[0][1].done():  # cancelled
+            self._others.popleft()
+        if self._others and not (self._called and self._waiting):
+            self._start_call()
             return
         if self._patient():
             return
         self._running = self._take()
         if self._running:
+            self._called = False
             self._jobs.put(partial(self._run, self._running))
             self._company = {ticket.session for ticket in self._running}
+        elif self._others:
+            self._start_call()
+
+    def _start_call(self) -> None:
+        job, _ = self._others.popleft()
+        self._calling = self._called = True
+        self._jobs.put(job)
+
+    def _end_call(self, done: asyncio.Future[Any], end: Callable[[], None]) -> None:
+        self._calling = False
+        if not done.done():
+            end()
+        self._start()
 
     def _patient(self) -> bool:
         """Whether the sessions of the last batch are still given time, in which case it looks again later."""
