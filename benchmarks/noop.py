@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ class NoGeneralist(GeneralistEngine):
     def __init__(self) -> None:
         self.facts, self.width = FACTS, WIDTH
         self.captures = False
+        self.processor = SimpleNamespace(prompt=lambda instruction: [0])
         states = torch.zeros((LENGTH, WIDTH), dtype=torch.bfloat16)
         self._thought = Thought(np.zeros((8, 7), np.float32), states, malformed_tokens=0, forwards=0)
 

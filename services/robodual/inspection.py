@@ -84,7 +84,10 @@ def fitting(path: Path, state: Mapping[str, Tensor]) -> tuple[str, SpecialistCon
     """
     shapes = {name: value.shape for name, value in state.items()}
     for name, profile in PROFILES.items():
-        config = replace(profile.specialist, **specialist.flags(state))
+        try:
+            config = replace(profile.specialist, **specialist.flags(state))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         if {name: value.shape for name, value in _policy(config).state_dict().items()} == shapes:
             return name, config
     # The published profile's refusal lists the names that differ.

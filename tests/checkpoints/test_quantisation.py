@@ -104,6 +104,14 @@ def test_fp8_keeps_every_row_within_its_rounding_whatever_its_size(dtype: torch.
     assert ((kept - weight.float()).abs() <= 0.07 * weight.float().abs() + step).all()
 
 
+def test_fp8_in_float16_is_finite_where_the_weights_products_are() -> None:
+    weight = torch.full((4, 512), 0.01, dtype=torch.float16)
+    x = torch.full((1, 512), 100.0, dtype=torch.float16)  # times 448, 512 times over: 23 million
+    found = quantisation.Float8Linear(weight)(x)
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found, x @ weight.T, rtol=0.05, atol=0)
+
+
 def test_fp8_serves_on_a_cpu_and_says_so() -> None:
     plain = load_generalist("toy", device="cpu", dtype="bfloat16")
     small = load_generalist("toy", device="cpu", dtype="bfloat16", quantisation="fp8")

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from robodual.facts import CheckpointError
 from robodual.generalist import checkpoint
-from robodual.generalist.adapters import read_adapter
 from robodual.generalist.checkpoint import read_checkpoint, save_checkpoint
 from robodual.generalist.config import GeneralistConfig
 from robodual.generalist.engine import GeneralistEngine, load_generalist
-from robodual.generalist.model import Generalist, build
+from robodual.generalist.model import build
 from robodual.generalist.weights import load_weights
 
 SHARDS = 3
+WIDE = {"embed_dim": 8, "depth": 1, "num_heads": 1, "patch_size": 14, "mlp_ratio": float("inf")}
 SECOND = "model-00002-of-00003.safetensors"
 
 
@@ -225,6 +225,34 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
         "index.json: not an index .*; download it again",
     ),
+    "index of numbers": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
+        "index.json: names 1, expected .*; save",
+    ),
+    "stretched positions": (
+        lambda folder: edit(folder / "config.json", text_config={"rope_parameters": {"rope_type": "linear"}}),
+        "config.json: text_config.rope_parameters: expected rope_type 'default', got 'linear'",
+    ),
+    "other activation": (
+        lambda folder: edit(folder / "config.json", text_config={"hidden_act": "gelu"}),
+        "config.json: text_config.hidden_act: expected 'silu'",
+    ),
+    "a number that is text": (
+        lambda folder: edit(folder / "config.json", text_config={"rms_norm_eps": "1e-6"}),
+        "config.json: rms_norm_eps: expected a positive number, got '1e-6'",
+    ),
+    "endless width": (
+        lambda folder: edit(folder / "config.json", towers=[WIDE] * 2),
+        "config.json: .*; give the folder",
+    ),
+    "tower without width": (
+        lambda folder: edit(folder / "config.json", towers=[{}, {}]),
+        "/config.json: lacks the field 'embed_dim'; download",
+    ),
+    "no sizes": (
+        lambda folder: edit(folder / "preprocessor_config.json", input_sizes=[]),
+        "config.json: .*; give the folder",
+    ),
     "other architecture": (
         lambda folder: edit(folder / "config.json", model_type="llava"),
         "config.json: model_type: expected 'openvla', got 'llava'; give the folder of an OpenVLA checkpoint",
@@ -315,80 +343,6 @@ def test_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(checkpoint, "snapshot_download", unreachable)
     with pytest.raises(CheckpointError, match=r"openvla/openvla-7b: neither .* \(no connection\); check the name"):
         load_generalist("toy", checkpoint="openvla/openvla-7b", device="cpu")
-
-
-def lora(model: Generalist, folder: Path, seed: int, **options: object) -> None:
-    """A LoRA adapter written by PEFT itself, on a copy of the model, with random values in both halves."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj", "fc1", "qkv"], **options)
-    adapted = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    adapted.save_pretrained(folder)
-    adapted.merge_and_unload()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:peft")
-def test_adapters_merge_in_order_as_peft_merges_them(published: Path, tmp_path: Path) -> None:
-    reference = load_generalist("toy", checkpoint=published, device="cpu").model
-    lora(reference, tmp_path / "first", seed=1)
-    lora(reference, tmp_path / "second", seed=2, use_rslora=True)
-    folders = [tmp_path / "first", tmp_path / "second"]
-    merged = load_generalist("toy", checkpoint=published, adapters=folders, device="cpu")
-    expected = reference.state_dict()
-    for name, value in merged.model.state_dict().items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
-    plain = load_generalist("toy", checkpoint=published, device="cpu").facts.checkpoint
-    assert merged.facts.checkpoint != plain
-    assert merged.facts.parameters == sum(value.numel() for value in expected.values())
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:peft")
-def test_adapter_that_cannot_be_merged_is_refused(published: Path, tmp_path: Path) -> None:
-    model = load_generalist("toy", checkpoint=published, device="cpu").model
-    folder = tmp_path / "adapter"
-    lora(model, folder, seed=1)
-    adapter = read_adapter(folder)
-    with pytest.raises(CheckpointError, match="adapts weights that this model lacks; give its base model"):
-        adapter.check({"projector.fc1.weight": (512, 128)})
-    with pytest.raises(CheckpointError, match="the model has"):
-        adapter.check(dict.fromkeys(adapter.low, (1, 1)))
-
-    edit(folder / "adapter_config.json", use_dora=True)
-    with pytest.raises(CheckpointError, match=r"adapter_config.json: \{'use_dora': True\} is not supported; merge it"):
-        read_adapter(folder)
-    edit(folder / "adapter_config.json", use_dora=False, r=5)
-    with pytest.raises(CheckpointError, match="is not of rank 5"):
-        read_adapter(folder)
-    weights = folder / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
-    edit(folder / "adapter_config.json", r=4)
-    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: truncated or not safetensors"):
-        read_adapter(folder)
-    weights.rename(folder / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: missing; its weights are pickled"):
-        read_adapter(folder)
-    with pytest.raises(CheckpointError, match=r"adapter_config.json: missing"):
-        read_adapter(tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:peft")
-def test_adapter_given_as_checkpoint_says_so(published: Path, folder: Path, tmp_path: Path) -> None:
-    engine = load_generalist("toy", checkpoint=published, device="cpu")
-    lora(engine.model, tmp_path / "adapter", seed=1)
-    for file in folder.glob("model*"):
-        file.unlink()
-    shutil.copy(tmp_path / "adapter" / "adapter_model.safetensors", folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="is a LoRA adapter; give it with --adapter"):
-        load_generalist("toy", checkpoint=folder, device="cpu")
-
-
-def test_adapter_without_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="adapters: need the checkpoint"):
-        load_generalist("toy", adapters=[tmp_path], device="cpu")
 
 
 def test_weights_load_shard_by_shard_from_the_meta_device(published: Path, engine: GeneralistEngine) -> None:

@@ -147,6 +147,38 @@ def test_broken_files_say_what_to_do(policy: Policy, tmp_path: Path) -> None:
             assert "corrupt" in text
 
 
+def test_a_configuration_nested_without_end_is_refused(policy: Policy, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(policy.state_dict(), path, {"format": checkpoint.FORMAT, "config": "[" * 200_000})
+    assert "bad configuration in its metadata" in message(path)
+
+
+def test_values_that_are_not_plain_are_refused(policy: Policy, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    name, value = next((name, value) for name, value in policy.state_dict().items() if value.ndim == 2)
+    for odd in (value.detach().to_sparse(), value.to("meta")):
+        write_published(policy, path, **{f"ema_model.{name}": odd})
+        assert f"holds no plain values of {name}" in message(path)
+
+
+def test_weights_under_two_names_are_converted(policy: Policy, tmp_path: Path) -> None:
+    state = policy.state_dict()
+    shapes: dict[torch.Size, str] = {}
+    one, other = next(
+        (first, name) for name, value in state.items() if (first := shapes.setdefault(value.shape, name)) != name
+    )
+    write_published(policy, tmp_path / "a.pt", **{f"ema_model.{name}": state[one] for name in (one, other)})
+    checkpoint.convert(tmp_path / "a.pt", tmp_path / "a.safetensors", TOY)
+    found = checkpoint.load(tmp_path / "a.safetensors", TOY).state_dict()
+    assert torch.equal(found[one], found[other])
+
+
+def test_a_target_in_no_folder_is_refused(policy: Policy, tmp_path: Path) -> None:
+    write_published(policy, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="missing: no such folder; make it first"):
+        checkpoint.convert(tmp_path / "a.pt", tmp_path / "missing" / "b.pt", TOY)
+
+
 class Harmful:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return Path.touch, (Path("executed"),)
@@ -173,6 +205,7 @@ def test_objects_in_a_pickle_are_never_executed(
         ({"heads": 0}, "heads"),
         ({"with_depth": "yes"}, "with_depth"),
         ({"guidance_scale": None}, "guidance_scale"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
         ({"diffusion_steps": 101}, "diffusion_steps"),
         ({"command": "rm"}, "exactly the fields"),
         ({"vision_width": 50}, "vision_width"),

@@ -29,6 +29,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({},),
     "alpha_pattern": ({},),
     "trainable_token_indices": (None,),
+    # Others, such as "pissa" and "olora", take from the base what they begin with.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "lora_bias": (False, None),
+    "target_parameters": (None, []),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "alora_invocation_tokens": (None,),
+    "layer_replication": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (None, False),
 }
 
 

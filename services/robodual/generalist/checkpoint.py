@@ -16,9 +16,11 @@ from tokenizers import Tokenizer
 from robodual.facts import CheckpointError
 from robodual.generalist.config import GeneralistConfig
 from robodual.generalist.model import Generalist
+from robodual.generalist.tokenizer import prompt_text
 from robodual.generalist.tokens import GENERATED
 from robodual.generalist.weights import save_weights
 
+PREPROCESSOR = ("image_resize_strategy", "input_sizes", "means", "stds")
 MAX_JSON = 64 * 1024 * 1024
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Everything that is read; weights in other formats and code stay on the hub.
@@ -47,8 +49,9 @@ def read_checkpoint(source: str | Path, *, constrained: bool = False) -> Checkpo
     try:
         config = GeneralistConfig.from_huggingface(description, preprocessor, constrained)
     except KeyError as error:
-        raise CheckpointError(f"{images}: lacks the field {error}; download the folder again") from error
-    except (TypeError, ValueError, AttributeError) as error:
+        file = images if error.args[0] in PREPROCESSOR else path
+        raise CheckpointError(f"{file}: lacks the field {error}; download the folder again") from error
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}; give the folder of an OpenVLA checkpoint") from error
     return Checkpoint(folder, config, read_tokenizer(folder, config))
 
@@ -106,6 +109,9 @@ def read_tokenizer(folder: Path, config: GeneralistConfig) -> Tokenizer:
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # What is put around a text need not be in the vocabulary.
+    if max(tokenizer.encode(prompt_text("open the drawer")).ids, default=0) >= config.language.vocabulary:
+        raise CheckpointError(f"{path}: adds tokens that vocab_size in config.json does not know; download both again")
     return tokenizer
 
 

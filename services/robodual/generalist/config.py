@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -40,6 +41,12 @@ PUBLISHED_TOWERS: dict[str, dict[str, Any]] = {
 def _bounded(name: str, value: int, limit: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
         raise ValueError(f"{name}: expected a whole number from 1 to {limit}, got {value!r}")
+    return value
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
     return value
 
 
@@ -369,6 +376,11 @@ def _published_tower(name: str) -> dict[str, Any]:
 def _language_from_huggingface(text: Mapping[str, Any]) -> LanguageConfig:
     if text.get("model_type", "llama") != "llama":
         raise ValueError(f"text_config.model_type: expected 'llama', got {text['model_type']!r}")
+    rope = text.get("rope_parameters") or {}  # how Transformers 5 spells it
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"text_config.rope_parameters: expected rope_type 'default', got {rope['rope_type']!r}")
+    if text.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"text_config.hidden_act: expected 'silu', got {text['hidden_act']!r}")
     if text.get("rope_scaling") or text.get("attention_bias") or text.get("mlp_bias"):
         raise ValueError("text_config: rope_scaling, attention_bias and mlp_bias are not supported")
     default = LanguageConfig()
@@ -380,7 +392,7 @@ def _language_from_huggingface(text: Mapping[str, Any]) -> LanguageConfig:
         layers=text.get("num_hidden_layers", default.layers),
         heads=heads,
         key_value_heads=text.get("num_key_value_heads") or heads,
-        rms_epsilon=text.get("rms_norm_eps", default.rms_epsilon),
-        rope_base=text.get("rope_theta") or text.get("rope_parameters", {}).get("rope_theta", default.rope_base),
+        rms_epsilon=_positive("rms_norm_eps", text.get("rms_norm_eps", default.rms_epsilon)),
+        rope_base=_positive("rope_theta", text.get("rope_theta") or rope.get("rope_theta", default.rope_base)),
         positions=text.get("max_position_embeddings", default.positions),
     )

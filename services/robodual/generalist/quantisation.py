@@ -35,7 +35,10 @@ class Float8Linear(nn.Module):
         self.scale = nn.Parameter(scale.squeeze(1), requires_grad=False)  # [out]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return F.linear(x, self.weight.to(self.scale.dtype)) * self.scale
+        weight = self.weight.to(self.scale.dtype)
+        if weight.dtype == torch.float16:  # in which products with values up to 448 may be infinite
+            return F.linear(x, weight * self.scale.unsqueeze(1))
+        return F.linear(x, weight) * self.scale
 
 
 def check_quantisation(mode: str, device: torch.device) -> None:

@@ -95,7 +95,7 @@ def shard_files(folder: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not an index of safetensors shards ({error}); download it again") from error
     for name in names:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise CheckpointError(
                 f"{index}: names {name!r}, expected .safetensors files of this folder; "
                 "save the checkpoint again as safetensors (save_pretrained writes them)"

@@ -27,6 +27,7 @@ EMA, ONLINE = "ema_model.", "online_model."
 FORMAT = "robodual-specialist-1"
 LARGEST = 1 << 16  # of a number in a configuration
 MOST_BLOCKS = 256
+MOST_GUIDANCE = 100.0
 # Which names come with which flag; of those that fit, the first counts.
 FLAGS = {
     "model.gripper_": "with_gripper",
@@ -101,7 +102,11 @@ def save(policy: Policy, path: Path) -> None:
     Raises:
         CheckpointError: if the ending is neither `.pt` nor `.safetensors`.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
+    # Copies: safetensors keeps no two names of one memory.
+    state = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in policy.state_dict().items()
+    }
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.suffix == ".pt":
@@ -132,6 +137,8 @@ def convert(source: Path, target: Path, config: SpecialistConfig, sensors: Mappi
     """
     if target.exists():
         raise CheckpointError(f"{target}: exists already and is not overwritten; choose another name")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target.parent}: no such folder; make it first")
     policy = load(source, config, sensors)
     partial = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
@@ -163,6 +170,8 @@ def _read_ema(path: Path) -> dict[str, Tensor]:
             f"{path}: no name starts with {EMA}, so it is not a published specialist; "
             f"give fast_system_state_dict_ema-*.pt of RoboDual's training"
         )
+    if odd := [name for name, value in state.items() if value.layout != torch.strided or value.is_meta]:
+        raise CheckpointError(f"{path}: holds no plain values of {', '.join(odd)}; save dense tensors")
     return state
 
 
@@ -191,13 +200,13 @@ def _parse(path: Path, text: str) -> SpecialistConfig:
             raise ValueError(f"expected exactly the fields {', '.join(defaults)}")
         for name, default in defaults.items():
             value = values[name]
-            if type(value) is not type(default) or value != value:
+            if type(value) is not type(default) or (type(value) is float and not 0 <= value <= MOST_GUIDANCE):
                 raise ValueError(f"{name} must be {type(default).__name__}, not {value!r}")
             limit = MOST_BLOCKS if name.endswith("blocks") else LARGEST
             if type(value) is int and not 1 <= value <= limit:
                 raise ValueError(f"{name} must be 1 to {limit}, not {value}")
         return SpecialistConfig(**values)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: bad configuration in its metadata: {error}; convert it again") from error
 
 
