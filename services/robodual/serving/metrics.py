@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter as Counted
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from robodual.serving.recent import Recent
 
-SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.066, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # alerts ask for 66 ms
 STEPS = (0, 1, 2, 4, 7, 8, 16, 32, 64)
 STALE = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 FORWARDS = (2, 4, 8, 12, 16, 24, 32, 48, 57, 64)
@@ -85,6 +86,7 @@ class Metrics:
         )
         self.ready = Gauge("robodual_ready", "1 while the service is ready.", registry=registry)
         self.store_up = Gauge("robodual_store_up", "1 while the conditioning store answers.", registry=registry)
+        self.store_up.set(math.nan)  # until it has been asked, which is after a model is loaded
 
         self.device_memory = Gauge(
             "robodual_device_memory_bytes",

@@ -334,4 +334,4 @@ function build() {
 }
 
 build();
-look();
+if (!document.hidden) look();
