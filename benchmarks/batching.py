@@ -1,11 +1,11 @@
-"""Concurrent sessions with batching against the same services without, in turns: time an answer, and the same answers.
+"""Concurrent sessions with batching against the same services without, in turns: throughput, and the same answers.
 
     python -m benchmarks.batching --sessions 8 --rounds 20 --json batching.json
 
 Two pairs of service processes on this machine, one with max_batch 1 and one with max_batch 8; while one is asked the
-other is idle. The specialist's sessions are real clients that take their steps as fast as they are answered; the
-generalist's ask for one conditioning after another. Both pairs must give the same: actions within 1e-5, reference
-chunks to the bit.
+other is idle. A round's time is divided by its answers: throughput, which is no session's latency. The specialist's
+sessions are real clients that take their steps as fast as they are answered; the generalist's ask for one conditioning
+after another. Both pairs must give the same: actions within 1e-5, reference chunks to the bit.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 missed.append(f"{service}: {own[1].ratio:.2f} times the throughput, not {options.at_least:g}")
             if differences[service] > (SAME if service == "specialist" else 0):
                 missed.append(f"{service}: answers of the two differ by {differences[service]:.1e}")
-    title = f"{options.sessions} sessions of {options.profile}, milliseconds an answer"
+    title = f"{options.sessions} sessions of {options.profile}, milliseconds of the service for each answer, by round"
     notes = [f"{service}: answers differ by at most {value:.1e}" for service, value in differences.items()]
     measurement.show(title, rows, notes)
     for line in missed:

@@ -38,6 +38,7 @@ from robodual.training.specialist import SpecialistCollate, SpecialistLearner
 from robodual.training.starting_weights import starting_policy
 
 STEPS = 160
+PREFETCHED = 2  # batches that each worker reads ahead, by default
 
 
 def write_recording(split: Path) -> None:
@@ -58,12 +59,13 @@ def write_recording(split: Path) -> None:
 
 
 def reading(dataset: CalvinDataset, collate: Callable[[list[Sample]], object], batch: int, workers: int) -> float:
-    """Samples a second that the loader gives."""
+    """Samples a second that the loader gives once it is under way: what workers have read ahead is not counted."""
     order = Order(len(dataset), batch)
     loader = DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=workers)
     batches = iter(loader)
-    next(batches)
-    rounds = max(2, 64 // batch)
+    for _ in range(1 + PREFETCHED * workers):
+        next(batches)
+    rounds = max(2, 64 // batch, 4 * workers)
     start = time.perf_counter()
     for _ in range(rounds):
         next(batches)

@@ -65,7 +65,8 @@ class Stepper:
     def __init__(self, model: Generalist, *, captures: bool | None = None) -> None:
         """captures: whether passes are captured; None: on CUDA."""
         self._model = model
-        self._storage = torch.empty(0, dtype=model.dtype, device=model.device)  # of keys and values, for every shape
+        # Of every shape's keys, values and hidden states, since one batch is in it at a time.
+        self._storage = torch.empty(0, dtype=model.dtype, device=model.device)
         self._too_large = math.inf
         self._states: dict[tuple[int, int], _State] = {}
         self._record: Recorder | None = None
@@ -169,26 +170,33 @@ class Stepper:
     def _find(self, batch: int, slots: int) -> _State | None:
         """The state for that shape, made when it first comes. The largest should come first: a larger one moves all."""
         if (batch, slots) not in self._states:
-            config, dtype, device = self._model.config.language, self._model.dtype, self._model.device
-            shape = (config.layers, 2, batch, config.key_value_heads, slots, config.width // config.heads)
-            size = math.prod(shape)
-            if size > self._storage.numel() and not self._grow(size):
+            config, device = self._model.config.language, self._model.device
+            shapes = (
+                (config.layers, 2, batch, config.key_value_heads, slots, config.width // config.heads),
+                (batch, slots, config.width),
+                (batch, slots, config.width),
+                (batch, GENERATED, config.width),
+            )
+            sizes = [math.prod(shape) for shape in shapes]
+            if sum(sizes) > self._storage.numel() and not self._grow(sum(sizes)):
                 return None
-            keys, values = self._storage[:size].view(shape).unbind(dim=1)
+            parts = torch.split(self._storage[: sum(sizes)], sizes)
+            cache, prompts, read, hidden = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+            keys, values = cache.unbind(dim=1)
             one = torch.zeros(1, dtype=torch.int64, device=device)
             self._states[batch, slots] = _State(
                 keys,
                 values,
                 tokens=one.repeat(batch, GENERATED + 1),
-                hidden=torch.zeros((batch, GENERATED, config.width), dtype=dtype, device=device),
+                hidden=hidden,
                 place=one.repeat(batch, 1),
                 length=one.clone(),
                 padding=one.repeat(batch, 1),
                 limit=one.clone(),
                 every=torch.arange(slots, device=device),
                 layout=chunk_layout(self._model.config.tokens, device),
-                prompts=torch.zeros((batch, slots, config.width), dtype=dtype, device=device),
-                read=torch.zeros((batch, slots, config.width), dtype=dtype, device=device),
+                prompts=prompts,
+                read=read,
             )
         return self._states[batch, slots]
 
