@@ -105,6 +105,7 @@ class Replicas:
         self._reason = "the name has not been looked up"
         self._addresses: list[str] = []
         self._index = 0
+        self.checked = ""  # the address that was last seen to serve the session's model, until a call fails there
         self._arrange(self._fixed)
 
     def __len__(self) -> int:
@@ -169,6 +170,7 @@ class Attempts:
             raise failure.error() from failure
         overloaded = failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         if not overloaded:
+            self._replicas.checked = ""
             yield from self._replicas.refresh(avoid=self._replicas.advance())
         delay = 0.0
         if overloaded or self.failures >= len(self._replicas):
@@ -182,11 +184,21 @@ class Attempts:
         return self._start + self._budget - time.monotonic()
 
 
-def repeat(replicas: Replicas, budget: float, call: Callable[[str], Call]) -> Plan[Any]:
-    """`call(address)` at the current replica, repeated as long as that may help. Raises RoboDualError."""
+def repeat(
+    replicas: Replicas,
+    budget: float,
+    call: Callable[[str], Call],
+    before: Callable[[Attempts], Plan[None]] | None = None,
+) -> Plan[Any]:
+    """`call(address)` at the current replica, each time after `before`, repeated as long as that may help.
+
+    Raises RoboDualError.
+    """
     attempts = Attempts(replicas, budget)
     while True:
         try:
+            if before is not None:
+                yield from before(attempts)
             attempt = call(replicas.current)
             return (yield replace(attempt, timeout=attempts.timeout(attempt.timeout)))
         except Failure as failure:

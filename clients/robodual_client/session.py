@@ -60,8 +60,8 @@ class Session:
         self._traceparent = ""
         self._generalists = Replicas(_addresses(generalist, "generalist"), self.name)
         self._specialists = Replicas(_addresses(specialist, "specialist"), self.name)
-        self._specialist_info: ServiceInfo | None = None
-        self._compatible: set[str] = set()  # specialists that were seen to serve the same model
+        self._services = {"generalist": (GENERALIST, self._generalists), "specialist": (SPECIALIST, self._specialists)}
+        self._began: dict[str, ServiceInfo] = {}  # what both were at first, and stay as long as this session lasts
         self._opened: set[str] = set()  # specialists that hold, or held, a session of ours: for close
         self._contacted = False
         self._ready = False
@@ -92,14 +92,15 @@ class Session:
         """GetInfo of both services, by "generalist" and "specialist"."""
         budget = self._timeouts.budget if self._contacted else self._timeouts.connect
         infos = {}
-        for name, service, replicas in (
-            ("generalist", GENERALIST, self._generalists),
-            ("specialist", SPECIALIST, self._specialists),
-        ):
+        for name, (service, replicas) in self._services.items():
             yield from replicas.refresh()
             response = yield from repeat(replicas, budget, partial(self._info_call, service))
             infos[name] = _checked_info(response, name, replicas.current)
         self._contacted = True
+        if not self._began:
+            self._began = dict(infos)
+            for name, (_, replicas) in self._services.items():
+                replicas.checked = infos[name].address
         return infos
 
     def reset(self, instruction: str, episode: int | None) -> Plan[None]:
@@ -114,22 +115,22 @@ class Session:
             )
         self._ready = False
         yield from self._stop_thinking()
-        if self._specialist_info is None:
-            self._specialist_info = (yield from self.info())["specialist"]
-            self._compatible.add(self._specialist_info.address)
+        if not self._began:
+            yield from self.info()
         else:
-            yield from self._generalists.refresh()
-            yield from self._specialists.refresh()
+            for _, replicas in self._services.values():
+                yield from replicas.refresh()
+                replicas.checked = ""  # another model may have been put there since
         self.episode = following
         self._start_episode(instruction)
-        self._encoder = observation.Encoder(self._specialist_info.sensors)
+        self._encoder = observation.Encoder(self._began["specialist"].sensors)
         attempts = Attempts(self._specialists, self._timeouts.budget)
         while not self._reset_at:
             try:
                 yield from self._admit(self._specialists.current, attempts)
             except Failure as failure:
                 yield from attempts.failed(failure)
-        yield from repeat(self._generalists, self._timeouts.budget, partial(self._reset_call, GENERALIST))
+        yield from self._ask_generalist(partial(self._reset_call, GENERALIST))
         self._ready = True
 
     def step(self, obs: Mapping[str, Any]) -> Plan[npt.NDArray[np.float64]]:
@@ -188,10 +189,11 @@ class Session:
 
     def _condition(self, step: int, frame: Frame) -> Plan[Conditioning]:
         start = time.perf_counter()
-        response = yield from repeat(
-            self._generalists, self._timeouts.budget, lambda address: self._condition_call(address, step, frame)
-        )
+        response = yield from self._ask_generalist(lambda address: self._condition_call(address, step, frame))
         return Conditioning.of(response, (time.perf_counter() - start) * 1e3)
+
+    def _ask_generalist(self, call: Callable[[str], Call]) -> Plan[Any]:
+        return repeat(self._generalists, self._timeouts.budget, call, partial(self._require_model, "generalist"))
 
     def _act(self, step: int, frame: Frame) -> Plan[npt.NDArray[np.float64]]:
         attempts = Attempts(self._specialists, self._timeouts.budget)
@@ -201,7 +203,7 @@ class Session:
             address = self._specialists.current
             recover = attempts.failures > 0 or address != self._answered_by
             try:
-                if address != self._answered_by or step == 0:
+                if not address == self._answered_by == self._specialists.checked:
                     yield from self._admit(address, attempts)
                 request = self._act_request(step, frame, recover)
                 if attempts.failures == 0 and self._thinking is not None:
@@ -214,6 +216,7 @@ class Session:
                     # Restarted, or the session timed out there: give it the episode's start or its recovery state.
                     lost_at.add(address)
                     self._reset_at.discard(address)
+                    self._specialists.checked = ""
                     attempts.failures += 1
                 elif failure.lacks_conditioning and not conditioned_again:
                     # The store lost it, or it grew too old. In lock-step the same frame makes the same conditioning.
@@ -250,26 +253,43 @@ class Session:
         """Makes sure that the specialist at `address` serves the model that this session began with, and that it
         knows the episode if no action of it has been answered yet.
         """
-        timeout = attempts.timeout(self._timeouts.control)
-        if address not in self._compatible:
-            assert self._specialist_info is not None
-            response = yield self._info_call(SPECIALIST, address)
-            info = _checked_info(response, "specialist", address)
-            if info.model != self._specialist_info.model:
-                raise ServiceMismatch(
-                    f"specialist at {address}: serves {info.model}, where {self._specialist_info.address} serves "
-                    f"{self._specialist_info.model}: give replicas of one model, or reset with a new client"
-                )
-            self._compatible.add(address)
+        yield from self._require_model("specialist", attempts)
         if self.step_number == 0 and address not in self._reset_at:
-            yield replace(self._reset_call(SPECIALIST, address), timeout=timeout)
+            call = self._reset_call(SPECIALIST, address)
+            yield replace(call, timeout=attempts.timeout(call.timeout))
             self._reset_at.add(address)
         self._opened.add(address)
 
+    def _require_model(self, name: str, attempts: Attempts | None = None) -> Plan[None]:
+        """Raises ServiceMismatch if the service's current replica is not known to serve the model that this session
+        began with, and says, when it is asked, that it serves another.
+        """
+        service, replicas = self._services[name]
+        address = replicas.current
+        if address == replicas.checked:
+            return
+        call = self._info_call(service, address)
+        if attempts is not None:
+            call = replace(call, timeout=attempts.timeout(call.timeout))
+        info, began = _checked_info((yield call), name, address), self._began[name]
+        if info.model != began.model:
+            raise ServiceMismatch(
+                f"{name} at {address}: serves {info.model}, where this session began with {began.model} at "
+                f"{began.address}: give replicas of one model, or go on with a new client"
+            )
+        replicas.checked = address
+
     def _think(self, thinking: Thinking, step: int, frame: Frame) -> Plan[None]:
-        launch = thinking.offer(step, lambda: self._condition_call(self._generalists.current, step, frame))
+        launch = thinking.offer(step, lambda: self._thought(step, frame))
         if launch is not None:
             yield launch
+
+    def _thought(self, step: int, frame: Frame) -> Plan[Conditioning]:
+        """One attempt at the frame's conditioning, in the background."""
+        yield from self._require_model("generalist")
+        start = time.perf_counter()
+        response = yield self._condition_call(self._generalists.current, step, frame)
+        return Conditioning.of(response, (time.perf_counter() - start) * 1e3)
 
     def _stop_thinking(self) -> Plan[None]:
         if self._thinking is not None:

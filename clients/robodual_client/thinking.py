@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from functools import partial
 from typing import Any, Callable
 
 import grpc
 
 from robodual_client.answer import Conditioning
-from robodual_client.calls import FIRST_DELAY, LONGEST_DELAY, Call, Launch, Replicas
+from robodual_client.calls import FIRST_DELAY, LONGEST_DELAY, Call, Launch, Plan, Replicas
 from robodual_client.errors import Failure, RoboDualError
 
 logger = logging.getLogger(__name__)
@@ -26,16 +27,16 @@ _FINAL = (
 class Thinking:
     """One episode's conditionings in the background.
 
-    `offer` gives it each step's frame; what it returns is to be launched. The answer comes to the launch's `landed`,
-    on whichever thread. A generalist that is away costs nothing but age: the newest frame is tried again at the first
-    step after a pause that grows with each failure.
+    `offer` gives it each step's frame, as a plan for its conditioning; what it returns is to be launched. The answers
+    come to the launch's `landed`, on whichever thread, where the plan goes on. A generalist that is away costs nothing
+    but age: the newest frame is tried again at the first step after a pause that grows with each failure.
     """
 
     def __init__(self, generalists: Replicas, latest: Conditioning) -> None:
         self.latest = latest
         self._generalists = generalists
         self._lock = threading.Lock()
-        self._offered: tuple[int, Callable[[], Call]] | None = None
+        self._offered: tuple[int, Callable[[], Plan[Conditioning]]] | None = None
         self._asked = latest.step
         self._in_the_air = False
         self._stopped = False
@@ -43,10 +44,10 @@ class Thinking:
         self._not_before = 0.0
         self._error: RoboDualError | None = None
 
-    def offer(self, step: int, call: Callable[[], Call]) -> Launch | None:
-        """The frame of `step`, as the Condition call that it would be."""
+    def offer(self, step: int, thought: Callable[[], Plan[Conditioning]]) -> Launch | None:
+        """The frame of `step`, as the plan that asks for its conditioning once."""
         with self._lock:
-            self._offered = step, call
+            self._offered = step, thought
             return self._next()
 
     def raise_error(self) -> None:
@@ -63,27 +64,35 @@ class Thinking:
     def _next(self) -> Launch | None:
         if self._stopped or self._in_the_air or self._offered is None or time.monotonic() < self._not_before:
             return None
-        step, call = self._offered
+        step, thought = self._offered
         if step <= self._asked:
             return None
         self._in_the_air = True
         self._asked = step
-        start = time.perf_counter()
-        return Launch(call(), lambda outcome: self._landed(outcome, start))
+        return self._go_on(thought(), None)
 
-    def _landed(self, outcome: Any, start: float) -> Launch | None:
+    def _landed(self, plan: Plan[Conditioning], outcome: Any) -> Launch | None:
         with self._lock:
-            self._in_the_air = False
-            if self._stopped:
-                return None
-            if isinstance(outcome, Failure):
-                self._failures += 1
-                self._generalists.advance()
-                self._not_before = time.monotonic() + min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(self._failures, 10))
-                logger.warning("no conditioning of step %d: %s", self._asked, outcome)
-                if outcome.code in _FINAL or outcome.too_large:
-                    self._error = outcome.error()
-            else:
-                self._failures = 0
-                self.latest = Conditioning.of(outcome, (time.perf_counter() - start) * 1e3)
-            return self._next()
+            return None if self._stopped else self._go_on(plan, outcome)
+
+    def _go_on(self, plan: Plan[Conditioning], outcome: Any) -> Launch | None:
+        """Takes `plan` to its next call, or to its end and on to the newest frame's."""
+        try:
+            call = plan.throw(outcome) if isinstance(outcome, Failure) else plan.send(outcome)
+            assert isinstance(call, Call)
+            return Launch(call, partial(self._landed, plan))
+        except StopIteration as stop:
+            self._failures = 0
+            self.latest = stop.value
+        except (Failure, RoboDualError) as error:
+            self._failures += 1
+            self._generalists.checked = ""
+            self._generalists.advance()
+            self._not_before = time.monotonic() + min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(self._failures, 10))
+            logger.warning("no conditioning of step %d: %s", self._asked, error)
+            if isinstance(error, RoboDualError):
+                self._error = error
+            elif error.code in _FINAL or error.too_large:
+                self._error = error.error()
+        self._in_the_air = False
+        return self._next()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +90,48 @@ def test_another_checkpoint_does_not_resume_the_run(
     pair[1].checkpoint = "decaf"
     with pytest.raises(EvaluationError, match="models"):
         evaluate(through("run", numbers=(0, 1), resume=True))
+
+
+class Redeployed(Silent):
+    """Puts another model into a service's place when the second sequence is finished."""
+
+    def __init__(self, service: FakeGeneralist | FakeSpecialist) -> None:
+        super().__init__()
+        self.service = service
+
+    def finished(self, record: Record, results: Results, total: int) -> None:
+        if len(results.sequences) == 2:
+            self.service.kill()
+            self.service.checkpoint = "decaf"
+            self.service.start()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_another_model_in_the_middle_of_a_run_ends_it_and_keeps_what_is_done(
+    through: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpecialist], tmp_path: Path, which: int
+) -> None:
+    before = pair[which].checkpoint
+    name = ("generalist", "specialist")[which]
+    with pytest.raises(EvaluationError, match=f"services: {name} at .*decaf.*this run began with.*--resume") as caught:
+        evaluate(through("run", ep_len=10), Redeployed(pair[which]))
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "run" / "sequences.jsonl").read_text().count("\n") == 2
+    pair[which].checkpoint = before
+    assert len(evaluate(through("run", ep_len=10, resume=True)).sequences) == 8
+
+
+def test_replicas_of_two_models_never_give_one_result(
+    through: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpecialist], tmp_path: Path
+) -> None:
+    other = FakeSpecialist()
+    other.checkpoint = "decaf"
+    addresses = {"generalist": pair[0].address, "specialist": [pair[1].address, other.address]}
+    with pytest.raises(EvaluationError, match=r"services: specialist at .* serves"):
+        evaluate(through("run", numbers=tuple(range(30)), ep_len=2, policy_options=addresses))
+    other.kill()
+    run = json.loads((tmp_path / "run" / "results.json").read_text())
+    wrong = pair[1] if run["protocol"]["models"]["specialist"]["checkpoint"] == "decaf" else other
+    assert wrong.requests("Act") == []
 
 
 def test_services_that_are_away_end_the_run_before_it_starts(

@@ -20,6 +20,13 @@ def generalist():
 
 
 @pytest.fixture
+def second_generalist():
+    server = FakeGeneralist()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
 def specialist():
     server = FakeSpecialist()
     yield server

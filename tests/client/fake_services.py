@@ -90,6 +90,7 @@ class Server:
 
 class FakeGeneralist(Server):
     service = rpc.GENERALIST
+    checkpoint = ""
     delay = 0.0
 
     def Condition(self, request, context):
@@ -109,7 +110,9 @@ class FakeGeneralist(Server):
 
     def GetInfo(self, request, context):
         self.meet("GetInfo", request, context)
-        return wire.InfoResponse(service="generalist", profile="fake", sensors=["rgb_static"])
+        return wire.InfoResponse(
+            service="generalist", profile="fake", sensors=["rgb_static"], checkpoint=self.checkpoint
+        )
 
 
 class FakeSpecialist(Server):

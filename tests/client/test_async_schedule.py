@@ -12,7 +12,9 @@ import pytest
 from fake_services import observation
 
 from robodual_client import AsyncDualSystemClient, DualSystemClient, Timeouts, tensors
-from robodual_client.errors import InvalidRequest, Unauthenticated
+from robodual_client.errors import InvalidRequest, ServiceMismatch, Unauthenticated
+
+UNAVAILABLE = (grpc.StatusCode.UNAVAILABLE, "shutting down")
 
 
 @pytest.fixture(params=["blocking", "asyncio"])
@@ -105,7 +107,7 @@ def test_only_step_0_waits_for_the_generalist(drive, generalist, specialist):
 
 
 def test_generalist_that_goes_away_and_comes_back_costs_age_alone(drive, generalist, specialist):
-    generalist.fail("Condition", lambda: None, *[(grpc.StatusCode.UNAVAILABLE, "shutting down")] * 3)
+    generalist.fail("Condition", lambda: None, *[UNAVAILABLE] * 3)
     answers = drive(60, 0.02)
     assert len(answers) == 60
     assert answers[-1].conditioning.step > 20
@@ -129,6 +131,13 @@ def test_refusal_in_the_background_is_raised_by_the_next_step(drive, generalist,
     generalist.fail("Condition", lambda: None, fault)
     with pytest.raises(error, match=fault[1]):
         drive(30, 0.02)
+
+
+def test_generalist_of_another_model_is_refused_by_the_next_step(drive, generalist, specialist):
+    generalist.fail("Condition", lambda: None, lambda: setattr(generalist, "checkpoint", "decaf"), UNAVAILABLE)
+    with pytest.raises(ServiceMismatch, match=r"generalist at .*'decaf'"):
+        drive(60, 0.02)
+    assert len(generalist.requests("Condition")) == 3
 
 
 def test_reset_ends_what_is_in_the_air(generalist, specialist):

@@ -144,6 +144,60 @@ def test_replica_of_another_model_is_refused(make, generalist, specialist, secon
             client.step(obs)
 
 
+def test_generalist_replica_of_another_model_is_refused(make, generalist, second_generalist, specialist):
+    second_generalist.checkpoint = "decaf"
+    replicas = {server.address: server for server in (generalist, second_generalist)}
+    with make(list(replicas), specialist.address) as client:
+        client.reset("open the drawer")
+        first = client.info()["generalist"].address
+        client.step(observation(0))
+        replicas.pop(first).kill()
+        for step in range(1, 7):
+            client.step(observation(step))
+        with pytest.raises(ServiceMismatch, match=r"generalist at .*'decaf'.*give replicas of one model"):
+            client.step(observation(7))
+        (other,) = replicas.values()
+        assert not other.requests("Condition")
+
+
+def redeploy(service):
+    service.kill()
+    service.checkpoint = "decaf"
+    service.start()
+
+
+def test_model_that_is_replaced_in_an_episode_is_refused(make, generalist, specialist):
+    with make(generalist.address, specialist.address) as client:
+        client.reset("open the drawer")
+        client.step(observation(0))
+        redeploy(specialist)
+        with pytest.raises(ServiceMismatch, match=r"specialist at .*'decaf'.*'c0ffee'.*go on with a new client"):
+            client.step(observation(1))
+
+
+@pytest.mark.parametrize("name", ["generalist", "specialist"])
+def test_model_that_is_replaced_between_episodes_is_refused(make, generalist, specialist, name):
+    with make(generalist.address, specialist.address) as client:
+        client.reset("open the drawer")
+        client.step(observation(0))
+        redeploy({"generalist": generalist, "specialist": specialist}[name])
+        with pytest.raises(ServiceMismatch, match=f"{name} at .*'decaf'"):
+            client.reset("close the drawer")
+    with make(generalist.address, specialist.address) as client:
+        client.reset("close the drawer")
+        assert client.step(observation(0)).shape == (7,)
+
+
+def test_step_asks_no_service_what_it_is(make, generalist, specialist):
+    with make(generalist.address, specialist.address) as client:
+        for _ in range(2):
+            client.reset("open the drawer")
+            asked = len(generalist.requests("GetInfo")), len(specialist.requests("GetInfo"))
+            episode(client)
+            assert (len(generalist.requests("GetInfo")), len(specialist.requests("GetInfo"))) == asked
+    assert asked == (2, 2)
+
+
 def test_swapped_addresses_are_told_apart(make, generalist, specialist):
     class Confused(FakeSpecialist):
         def GetInfo(self, request, context):

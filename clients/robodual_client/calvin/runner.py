@@ -28,7 +28,8 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
     _require_writable(options.out)
     _require_video(options)
     services = _services(options)
-    run = _earlier(options, services)
+    models = {name: {key: info[key] for key in ("profile", "checkpoint")} for name, info in services.items()}
+    run = _earlier(options, models)
     todo = [number for number in options.numbers if number not in run.sequences]
     entry = provenance.collect(options, services)
     run.provenance.append(entry)
@@ -37,7 +38,7 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
         try:
             with progress or choose(len(run.sequences) + len(todo)) as shown:
                 sensors = services["specialist"]["sensors"] if services else ()
-                workers = Workers(options, todo, instructions, sensors)
+                workers = Workers(options, todo, instructions, sensors, models)
                 _run(workers, options.out, len(run.sequences) + len(todo), run, entry, shown)
         finally:
             # Ctrl-C may come between a line's writing and its counting: the file says what is done.
@@ -86,14 +87,9 @@ def _services(options: Options) -> dict[str, dict[str, Any]]:
     return provenance.ask_services(options.policy_options) if options.policy == "services" else {}
 
 
-def _protocol(options: Options, services: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    models = {name: {key: info[key] for key in ("profile", "checkpoint")} for name, info in services.items()}
-    return {**options.protocol(), "models": models}
-
-
-def _earlier(options: Options, services: dict[str, dict[str, Any]]) -> Results:
+def _earlier(options: Options, models: dict[str, dict[str, str]]) -> Results:
     """What an earlier start of this run has finished. Raises EvaluationError if the folder holds another run."""
-    protocol = _protocol(options, services)
+    protocol = {**options.protocol(), "models": models}
     if not (options.out / results.SEQUENCES).exists():
         return Results({}, protocol)
     if not options.resume:

@@ -29,6 +29,10 @@ from robodual_client.errors import RoboDualError
 from robodual_client.observation import encode
 
 
+class _OtherModel(Exception):
+    """The services do not serve what the run began with: to repeat the sequence would mix the two."""
+
+
 def run(lines: TextIO, answers: TextIO) -> None:
     """Serves the parent at `lines` and `answers` until `lines` ends."""
 
@@ -58,7 +62,9 @@ def run(lines: TextIO, answers: TextIO) -> None:
     except Exception as error:  # the parent repeats the sequence in a fresh process, or stops the run
         with suppress(OSError):  # the log is on the same disk
             traceback.print_exc()
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, _OtherModel):
+            answer({"fatal": f"services: {error}"})
+        elif isinstance(error, OSError) and error.errno in FULL:
             answer({"fatal": f"{_one_line(error)}; make room, and --resume goes on"})
         else:
             answer({"error": _one_line(error)})
@@ -84,6 +90,8 @@ def _run(job: dict[str, Any], env: Environment, make_policy: Callable[..., Polic
         return run_sequence(env, policy, sequence, instructions, ep_len=ep_len, watcher=watcher, pace=chosen)
 
     try:
+        if job["models"]:
+            _require(job["models"], policy)
         if job["video"] == "none":
             return record_of(None).to_json()
         from robodual_client.calvin.video import Video  # Pillow and ffmpeg come with the extra `report`
@@ -101,6 +109,17 @@ def _run(job: dict[str, Any], env: Environment, make_policy: Callable[..., Polic
         close = getattr(policy, "close", None)
         if close is not None:
             close()
+
+
+def _require(models: dict[str, dict[str, str]], client: Any) -> None:
+    """Raises _OtherModel if the services of `client`, which holds on to what they say here, serve others."""
+    for name, info in client.info().items():
+        found = {key: getattr(info, key) for key in models[name]}
+        if found != models[name]:
+            raise _OtherModel(
+                f"{name} at {info.address} serves {found}, where this run began with {models[name]}; what is finished "
+                "is kept: serve that again and go on with --resume, or choose another folder"
+            )
 
 
 def _numbers(lines: TextIO) -> Iterator[int]:

@@ -47,11 +47,17 @@ Event = Union[Ready, Failed, Record]
 class Workers:
     """The worker processes of `options`, which run `numbers`; a context manager that leaves no process behind.
 
-    `sensors`: what the served model reads, and the environment must give before the first sequence starts.
+    `sensors`: what the served model reads, and the environment must give before the first sequence starts. `models`:
+    what "generalist" and "specialist" must serve whenever a sequence starts; empty for a policy that is not served.
     """
 
     def __init__(
-        self, options: Options, numbers: Sequence[int], instructions: dict[str, str], sensors: Sequence[str]
+        self,
+        options: Options,
+        numbers: Sequence[int],
+        instructions: dict[str, str],
+        sensors: Sequence[str],
+        models: dict[str, dict[str, str]],
     ) -> None:
         env, policy = options.factories()
         job = {
@@ -63,6 +69,7 @@ class Workers:
             "pace": options.pace(),
             "instructions": instructions,
             "sensors": list(sensors),
+            "models": models,
             "seed": options.seed,
             "ep_len": options.ep_len,
             "video": options.video,
@@ -103,7 +110,8 @@ class Workers:
     def events(self) -> Iterator[Event]:
         """What happens, until every number has its Record.
 
-        Raises EvaluationError when an environment cannot start, or a sequence fails for the third time.
+        Raises EvaluationError when an environment cannot start, the services serve other models than at the start, or
+        a sequence fails for the third time.
         """
         failures: Counter[int] = Counter()
         while self._left:
