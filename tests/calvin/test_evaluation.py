@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import pytest
 from fake_table import FakeTable, Scripted
 from running import outcomes, start, wait_for_lines, wait_until_gone, workers_of
 
-from robodual_client.calvin import EvaluationError, evaluate
+from robodual_client.calvin import EvaluationError, evaluate, workers
 from robodual_client.calvin.annotations import load
 from robodual_client.calvin.results import merge
 from robodual_client.calvin.rollout import run_sequence
@@ -124,6 +125,23 @@ def test_a_simulator_that_cannot_start_is_one_line(options: Make) -> None:
         evaluate(options(env_options={"broken": True}, workers=2))
     assert "\n" not in str(caught.value)
     assert "the fake simulator was told not to start" in str(caught.value)
+
+
+def test_a_log_that_cannot_be_opened_ends_the_run_instead_of_holding_it_for_ever(options: Make, tmp_path: Path) -> None:
+    (tmp_path / "run" / "logs" / "worker-2.log").mkdir(parents=True)
+    with pytest.raises(EvaluationError, match=r"worker-2: IsADirectoryError: .*--resume"):
+        evaluate(options(workers=2))
+
+
+def test_a_process_that_cannot_be_started_ends_the_run_instead_of_holding_it_for_ever(
+    options: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(workers.subprocess, "Popen", refuse)
+    with pytest.raises(EvaluationError, match=r"worker-1: OSError: .*Too many open files"):
+        evaluate(options())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -145,6 +145,15 @@ class _Worker(threading.Thread):
         self._lock = threading.Lock()
 
     def run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # whatever it is: the evaluation waits for an answer that nobody else would give
+            reason = f"{type(error).__name__}: {error}"
+            self._events.put(_Fatal(f"{self.name}: {reason}; what is finished is kept: --resume goes on"))
+        finally:
+            self._end()
+
+    def _work(self) -> None:
         failures = 0
         while True:
             number = self._pending.get()
@@ -162,7 +171,6 @@ class _Worker(threading.Thread):
                 self._end()
                 self._stopping.wait(failures - 1)  # a service that is starting anew gets a moment
                 self._events.put(Failed(number, f"{answer['error']} ({self._log})"))
-        self._end()
 
     def signal(self, *, kill: bool) -> None:
         """Tells the process to end now, in the middle of a sequence or not; or ends it."""
