@@ -116,12 +116,15 @@ class Connections:
         if stream is None:
             stream = ActStream(self._stub(call), self._security.metadata)
             self._streams[call.address] = stream
+        usable = False
         try:
-            return stream.exchange(call)
-        except BaseException:  # Ctrl-C included: an answer that is still to come must not be taken for the next one
-            del self._streams[call.address]
-            stream.close()
-            raise
+            response = stream.exchange(call)
+            usable = not stream.expired
+            return response
+        finally:
+            if not usable:  # Ctrl-C included: an answer that is still to come must not be taken for the next one
+                del self._streams[call.address]
+                stream.close()
 
     def _schedule(self, launch: Launch, halted: int) -> None:
         if launch.call.delay == 0:
@@ -182,6 +185,7 @@ class ActStream:
         if not self._call.add_callback(self._ended.set):
             self._ended.set()
         self._watch = Watch(self._call.cancel)
+        self.expired = False  # whether it was cancelled for want of an answer, which may have come all the same
 
     def exchange(self, call: Call) -> wire.ActResponse:
         self._watch.set(call.timeout)
@@ -191,12 +195,12 @@ class ActStream:
         except StopIteration:
             raise Failure(grpc.StatusCode.UNAVAILABLE, "the service ended the stream", call.where) from None
         except grpc.RpcError as error:
-            if self._watch.expired:
+            if self._watch.clear():
                 details = f"no answer within {call.timeout:g} s"
                 raise Failure(grpc.StatusCode.DEADLINE_EXCEEDED, details, call.where) from error
             raise Failure.of(error, call.where) from error
         finally:
-            self._watch.clear()
+            self.expired = self._watch.clear()
         return response
 
     def close(self) -> None:
@@ -219,30 +223,36 @@ class ActStream:
 
 class Watch:
     """Calls `expire` from its own thread once a limit that was set has passed. Setting and clearing it cost next to
-    nothing: the thread looks when the last limit that it knew of would have passed.
+    nothing: the thread looks when the last limit that it knew of would have passed. It expires once, and never again.
     """
 
     def __init__(self, expire: Any) -> None:
-        self.expired = False
+        self._expired = False
         self._expire = expire
         self._due = math.inf
         self._next_look = math.inf
         self._wake = threading.Event()
+        self._lock = threading.Lock()
         self._stopped = False
         self._limit = 0.0
         self._thread: threading.Thread | None = None
 
     def set(self, seconds: float) -> None:
-        self._limit = seconds
-        self._due = time.monotonic() + seconds
+        with self._lock:
+            self._limit = seconds
+            self._due = time.monotonic() + seconds
+            early = self._due < self._next_look
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="robodual-watch", daemon=True)
             self._thread.start()
-        elif self._due < self._next_look:
+        elif early:
             self._wake.set()
 
-    def clear(self) -> None:
-        self._due = math.inf
+    def clear(self) -> bool:
+        """Whether a limit had passed first. Afterwards none does until one is set."""
+        with self._lock:
+            self._due = math.inf
+            return self._expired
 
     def stop(self) -> None:
         self._stopped = True
@@ -252,12 +262,14 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stopped:
-            now = time.monotonic()
-            if self._due <= now:
-                self.expired = True
-                self._expire()
-                return
-            # With no limit set, one that is set now passes after this look.
-            self._next_look = min(self._due, now + self._limit)
-            self._wake.wait(self._next_look - now)
+            with self._lock:
+                now = time.monotonic()
+                if self._due <= now:
+                    self._expired = True
+                    self._expire()
+                    return
+                # With no limit set, one that is set now passes after this look.
+                self._next_look = min(self._due, now + self._limit)
+                pause = self._next_look - now
+            self._wake.wait(pause)
             self._wake.clear()
