@@ -190,9 +190,8 @@ class AsyncConnections:
 
     async def _launch(self, launch: Launch | None) -> None:
         while launch is not None:
-            await asyncio.sleep(launch.call.delay)
             try:
-                outcome = await self._call(launch.call)
+                outcome = await self._perform(launch.operation)
             except Failure as failure:
                 outcome = failure
             launch = launch.landed(outcome)

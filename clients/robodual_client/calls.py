@@ -75,10 +75,10 @@ class Sleep:
 
 @dataclass(frozen=True)
 class Launch:
-    """Send `call` in the background, tell `landed` its response or Failure, and launch what that returns, if any."""
+    """Do `operation` in the background, tell `landed` its result or Failure, and launch what that returns, if any."""
 
-    call: Call
-    landed: Callable[[Message | Failure], Launch | None]
+    operation: Call | Resolve
+    landed: Callable[[Any], Launch | None]
 
 
 class Halt:
@@ -103,8 +103,9 @@ class Replicas:
         self._fixed = [address for address in given if not address.startswith(DNS)]
         self._names = [address[len(DNS) :] for address in given if address.startswith(DNS)]
         self._reason = "the name has not been looked up"
-        self._addresses: list[str] = []
-        self._index = 0
+        self._addresses: list[
+            str
+        ] = []  # the current one first; replaced as a whole, since thinking looks from its thread
         self.checked = ""  # the address that was last seen to serve the session's model, until a call fails there
         self._arrange(self._fixed)
 
@@ -114,15 +115,16 @@ class Replicas:
     @property
     def current(self) -> str:
         """Raises Failure while no name could be resolved."""
-        if not self._addresses:
+        addresses = self._addresses
+        if not addresses:
             raise Failure(grpc.StatusCode.UNAVAILABLE, self._reason, DNS + self._names[0])
-        return self._addresses[self._index]
+        return addresses[0]
 
     def advance(self) -> str:
         """Turns to the next address; returns the one that is left."""
-        left = self._addresses[self._index] if self._addresses else ""
-        self._index = (self._index + 1) % max(1, len(self._addresses))
-        return left
+        addresses = self._addresses
+        self._addresses = addresses[1:] + addresses[:1]
+        return addresses[0] if addresses else ""
 
     def refresh(self, avoid: str = "") -> Plan[None]:
         """Looks the names up again. Where that finds other addresses than before, the session turns to its first choice
@@ -140,9 +142,8 @@ class Replicas:
 
     def _arrange(self, addresses: Sequence[str], avoid: str = "") -> None:
         order = sorted(set(addresses), key=lambda address: sha256(f"{self._session} {address}".encode()).digest())
-        if order and order != self._addresses:
-            self._addresses = order
-            self._index = int(len(order) > 1 and order[0] == avoid)
+        if order and set(order) != set(self._addresses):
+            self._addresses = order[1:] + order[:1] if order[0] == avoid else order
 
 
 class Attempts:

@@ -127,14 +127,22 @@ class Connections:
                 stream.close()
 
     def _schedule(self, launch: Launch, halted: int) -> None:
-        if launch.call.delay == 0:
-            return self._launch(launch, halted)
-        timer = threading.Timer(launch.call.delay, self._launch, (launch, halted))
-        timer.daemon = True
-        return timer.start()
+        if isinstance(launch.operation, Resolve):
+            threading.Thread(target=self._look_up, args=(launch, launch.operation.name, halted), daemon=True).start()
+        elif launch.operation.delay == 0:
+            self._launch(launch, launch.operation, halted)
+        else:
+            timer = threading.Timer(launch.operation.delay, self._launch, (launch, launch.operation, halted))
+            timer.daemon = True
+            timer.start()
 
-    def _launch(self, launch: Launch, halted: int) -> None:
-        call = launch.call
+    def _look_up(self, launch: Launch, name: str, halted: int) -> None:
+        try:
+            self._land(launch, self._resolve(name), halted)
+        except Failure as failure:
+            self._land(launch, failure, halted)
+
+    def _launch(self, launch: Launch, call: Call, halted: int) -> None:
         with self._launching:
             if halted != self._halted:
                 return
@@ -142,16 +150,15 @@ class Connections:
                 call.request, timeout=call.timeout, metadata=self._security.metadata
             )
             self._background = future
-        future.add_done_callback(lambda done: self._landed(launch, done, halted))
+        future.add_done_callback(lambda done: self._landed(launch, done, call.where, halted))
 
-    def _landed(self, launch: Launch, future: Any, halted: int) -> None:
+    def _landed(self, launch: Launch, future: Any, where: str, halted: int) -> None:
         """On one of gRPC's threads."""
-        if halted != self._halted:
-            return
-        if future.code() is grpc.StatusCode.OK:
-            following = launch.landed(future.result())
-        else:
-            following = launch.landed(Failure.of(future, launch.call.where))
+        done = future.code() is grpc.StatusCode.OK
+        self._land(launch, future.result() if done else Failure.of(future, where), halted)
+
+    def _land(self, launch: Launch, outcome: Any, halted: int) -> None:
+        following = launch.landed(outcome) if halted == self._halted else None
         if following is not None:
             self._schedule(following, halted)
 

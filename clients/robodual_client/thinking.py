@@ -11,7 +11,7 @@ from typing import Any, Callable
 import grpc
 
 from robodual_client.answer import Conditioning
-from robodual_client.calls import FIRST_DELAY, LONGEST_DELAY, Call, Launch, Plan, Replicas
+from robodual_client.calls import FIRST_DELAY, LONGEST_DELAY, Call, Launch, Plan, Replicas, Resolve
 from robodual_client.errors import Failure, RoboDualError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ class Thinking:
 
     `offer` gives it each step's frame, as a plan for its conditioning; what it returns is to be launched. The answers
     come to the launch's `landed`, on whichever thread, where the plan goes on. A generalist that is away costs nothing
-    but age: the newest frame is tried again at the first step after a pause that grows with each failure.
+    but age: the newest frame is tried again at the first step after a pause that grows with each failure, at the next
+    replica, and where names are looked up, at what they stand for by then.
     """
 
     def __init__(self, generalists: Replicas, latest: Conditioning) -> None:
@@ -69,25 +70,29 @@ class Thinking:
             return None
         self._in_the_air = True
         self._asked = step
-        return self._go_on(thought(), None)
+        return self._go_on(self._attempt(thought), None)
+
+    def _attempt(self, thought: Callable[[], Plan[Conditioning]]) -> Plan[Conditioning]:
+        if self._failures:
+            yield from self._generalists.refresh(avoid=self._generalists.advance())
+        return (yield from thought())
 
     def _landed(self, plan: Plan[Conditioning], outcome: Any) -> Launch | None:
         with self._lock:
             return None if self._stopped else self._go_on(plan, outcome)
 
     def _go_on(self, plan: Plan[Conditioning], outcome: Any) -> Launch | None:
-        """Takes `plan` to its next call, or to its end and on to the newest frame's."""
+        """Takes `plan` to its next operation, or to its end and on to the newest frame's."""
         try:
-            call = plan.throw(outcome) if isinstance(outcome, Failure) else plan.send(outcome)
-            assert isinstance(call, Call)
-            return Launch(call, partial(self._landed, plan))
+            operation = plan.throw(outcome) if isinstance(outcome, Failure) else plan.send(outcome)
+            assert isinstance(operation, (Call, Resolve))
+            return Launch(operation, partial(self._landed, plan))
         except StopIteration as stop:
             self._failures = 0
             self.latest = stop.value
         except (Failure, RoboDualError) as error:
             self._failures += 1
             self._generalists.checked = ""
-            self._generalists.advance()
             self._not_before = time.monotonic() + min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(self._failures, 10))
             logger.warning("no conditioning of step %d: %s", self._asked, error)
             if isinstance(error, RoboDualError):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_services import observation
 
-from robodual_client import AsyncDualSystemClient, DualSystemClient, Timeouts, tensors
+from robodual_client import AsyncDualSystemClient, DualSystemClient, Timeouts, aio, connection, tensors
 from robodual_client.errors import InvalidRequest, ServiceMismatch, Unauthenticated
 
 UNAVAILABLE = (grpc.StatusCode.UNAVAILABLE, "shutting down")
@@ -23,8 +23,8 @@ def drive(request, generalist, specialist):
     what a control step takes besides.
     """
 
-    def blocking(steps, pace, **options):
-        with DualSystemClient(generalist.address, specialist.address, schedule="async", **options) as client:
+    def blocking(steps, pace, where=generalist.address, **options):
+        with DualSystemClient(where, specialist.address, schedule="async", **options) as client:
             client.reset("open the drawer")
             answers = []
             for step in range(steps):
@@ -33,8 +33,8 @@ def drive(request, generalist, specialist):
                 time.sleep(pace)
             return answers
 
-    async def awaited(steps, pace, **options):
-        async with AsyncDualSystemClient(generalist.address, specialist.address, schedule="async", **options) as client:
+    async def awaited(steps, pace, where=generalist.address, **options):
+        async with AsyncDualSystemClient(where, specialist.address, schedule="async", **options) as client:
             await client.reset("open the drawer")
             answers = []
             for step in range(steps):
@@ -45,7 +45,7 @@ def drive(request, generalist, specialist):
 
     if request.param == "blocking":
         return blocking
-    return lambda steps, pace, **options: asyncio.run(awaited(steps, pace, **options))
+    return lambda *arguments, **options: asyncio.run(awaited(*arguments, **options))
 
 
 class InTheAir:
@@ -131,6 +131,29 @@ def test_refusal_in_the_background_is_raised_by_the_next_step(drive, generalist,
     generalist.fail("Condition", lambda: None, fault)
     with pytest.raises(error, match=fault[1]):
         drive(30, 0.02)
+
+
+def test_generalist_that_moves_is_looked_up_again(drive, generalist, second_generalist, specialist, monkeypatch):
+    addresses, passed = [generalist.address], []
+
+    def look_up(name):
+        before = len(specialist.requests("Act"))
+        time.sleep(0.2)
+        passed.append(len(specialist.requests("Act")) - before)
+        return list(addresses)
+
+    def move():
+        addresses[:] = [second_generalist.address]
+        generalist.kill()
+
+    monkeypatch.setattr(connection, "lookup", look_up)
+    monkeypatch.setattr(aio, "lookup", look_up)
+    specialist.fail("Act", *[lambda: None] * 10, move)
+    answers = drive(60, 0.02, "dns:///generalist:50051")
+    assert answers[-1].conditioning.step > 11
+    assert answers[-1].conditioning.step in [request.step for request in second_generalist.requests("Condition")]
+    assert 2 <= len(passed) <= 5  # at the start, and once each time that the generalist did not answer
+    assert min(passed[1:]) > 1  # steps went on meanwhile
 
 
 def test_generalist_of_another_model_is_refused_by_the_next_step(drive, generalist, specialist):
