@@ -254,7 +254,7 @@ class Session:
         knows the episode if no action of it has been answered yet.
         """
         yield from self._require_model("specialist", attempts)
-        if self.step_number == 0 and address not in self._reset_at:
+        if self._first_unseen == 0 and address not in self._reset_at:
             call = self._reset_call(SPECIALIST, address)
             yield replace(call, timeout=attempts.timeout(call.timeout))
             self._reset_at.add(address)

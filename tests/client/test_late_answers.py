@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 
+import grpc
 import pytest
 from fake_services import observation
 
 from robodual_client import DualSystemClient
+from robodual_client.errors import DeadlineExceeded
 
 
 def test_steps_that_went_by_count_for_ages_and_for_the_schedule(make, generalist, specialist):
@@ -21,6 +23,36 @@ def test_steps_that_went_by_count_for_ages_and_for_the_schedule(make, generalist
     assert [request.step for request in generalist.requests("Condition")] == [0, 11, 27]
     acts = [(request.step, request.step - request.min_conditioning.step) for request in specialist.requests("Act")]
     assert acts == [(0, 0), (4, 4), (6, 6), (11, 0), (27, 0)]
+
+
+def test_steps_that_go_by_before_the_first_answer_do_not_lose_an_episode(
+    make, generalist, specialist, second_specialist
+):
+    replicas = {server.address: server for server in (specialist, second_specialist)}
+    with make(generalist.address, list(replicas)) as client:
+        client.reset("open the drawer")
+        for server in replicas.values():
+            if server.requests("Reset"):
+                server.sessions.clear()  # as after a restart
+                server.fail("Act", (grpc.StatusCode.DEADLINE_EXCEEDED, "not in time"))  # and then on to the other
+        with pytest.raises(DeadlineExceeded):
+            client.step(observation(0))
+        client.skip(3)
+        client.step(observation(1))
+        assert client.last.step == 3
+        (home,) = [server for server in replicas.values() if server.address == client.last.address]
+        home.kill()
+        client.step(observation(2))
+        assert client.last.address != home.address
+
+
+def test_session_that_is_forgotten_before_the_first_answer_is_begun_again_at_a_later_step(make, generalist, specialist):
+    with make(generalist.address, specialist.address) as client:
+        client.reset("open the drawer")
+        specialist.sessions.clear()
+        client.skip(1)
+        client.step(observation(0))
+        assert client.last.step == 1
 
 
 def test_each_episode_begins_at_step_0_again(make, generalist, specialist):
