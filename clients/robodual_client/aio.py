@@ -48,8 +48,8 @@ class AsyncDualSystemClient:
             session=session,
             schedule=schedule,
             seed=seed,
-            timeouts=timeouts or Timeouts(),
-            latency=latency or {},
+            timeouts=timeouts,
+            latency=latency,
             tracer=self._tracer,
         )
         self._connections = AsyncConnections(security(token, tls), stream)

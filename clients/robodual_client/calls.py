@@ -11,6 +11,7 @@ import random
 import time
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from numbers import Real
 from typing import Any, Callable, Generator, Sequence, TypeVar, Union
 
 import grpc
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 DNS = "dns:///"
 FIRST_DELAY = 0.05  # seconds before a call is repeated
 LONGEST_DELAY = 2.0
+LONGEST_WAIT = 86_400.0  # seconds: a day
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,15 @@ class Timeouts:
 
     def __post_init__(self) -> None:
         for name, seconds in vars(self).items():
-            if not seconds > 0:
-                raise ValueError(f"timeouts: {name} must be over 0 seconds, got {seconds}")
+            if not is_wait(seconds) or seconds == 0:
+                raise ValueError(
+                    f"timeouts: {name} must be over 0 and at most {LONGEST_WAIT:.0f} seconds, got {seconds!r}"
+                )
+
+
+def is_wait(given: Any) -> bool:
+    """Whether it is a number of seconds that can be waited: neither gRPC nor a thread can wait for ever."""
+    return isinstance(given, Real) and 0 <= float(given) <= LONGEST_WAIT
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,9 +78,11 @@ class Security:
 
 
 def security(token: str | None, tls: Tls | bool) -> Security:
-    """`tls` True means the default roots. Raises ValueError for a token that cannot travel in a header."""
-    if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
+    """`tls` True means the default roots. Raises ValueError for another type or an unusable token."""
+    if token is not None and not (isinstance(token, str) and re.fullmatch("[!-~]+", token)):
         raise ValueError("token must be printable ASCII without spaces, at least one character")
+    if not isinstance(tls, (bool, Tls)):
+        raise ValueError(f"tls must be True, False or Tls(ca=..., certificate=..., key=..., name=...), got {tls!r}")
     return Security(token, (Tls() if tls else None) if isinstance(tls, bool) else tls)
 
 

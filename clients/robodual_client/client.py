@@ -66,8 +66,8 @@ class DualSystemClient:
             session=session,
             schedule=schedule,
             seed=seed,
-            timeouts=timeouts or Timeouts(),
-            latency=latency or {},
+            timeouts=timeouts,
+            latency=latency,
             tracer=self._tracer,
         )
         self._connections = Connections(security(token, tls), stream)

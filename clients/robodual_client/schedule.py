@@ -24,7 +24,7 @@ class Schedule:
             return cls(name, 8)
         if name == "async":
             return cls(name, 0)
-        match = re.fullmatch(r"every-([1-9][0-9]{0,4})", name)
+        match = re.fullmatch(r"every-([1-9][0-9]{0,4})", str(name))
         if match is None:
             raise ValueError(f"schedule must be 'published', 'async' or 'every-N' with N from 1, got {name!r}")
         return cls(name, int(match.group(1)))

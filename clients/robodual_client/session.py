@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import operator
 import re
 import secrets
 import time
 import uuid
 from dataclasses import replace
 from functools import partial
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import grpc
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from robodual_client import observation, wire
 from robodual_client.answer import Answer, Conditioning, ServiceInfo, checked_action
-from robodual_client.calls import Attempts, Call, Halt, Plan, Replicas, Timeouts, repeat
+from robodual_client.calls import Attempts, Call, Halt, Plan, Replicas, Timeouts, is_wait, repeat
 from robodual_client.errors import Failure, ServiceMismatch
 from robodual_client.frame import Frame
 from robodual_client.schedule import Schedule
@@ -28,7 +29,7 @@ from robodual_client.wire.rpc import GENERALIST, SPECIALIST
 logger = logging.getLogger(__name__)
 
 LONGEST_INSTRUCTION = 512
-LAST_EPISODE = 2**31 - 1
+LAST = 2**31 - 1  # the highest episode, and step, that the services take
 CLOSING = 2.0  # seconds for each call of close
 
 
@@ -41,21 +42,25 @@ class Session:
         session: str | None,
         schedule: str,
         seed: int,
-        timeouts: Timeouts,
-        latency: Mapping[str, float],
+        timeouts: Timeouts | None,
+        latency: Mapping[str, float] | None,
         tracer: Tracer | None = None,
     ) -> None:
         self.name = uuid.uuid4().hex if session is None else session
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name):
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name):
             raise ValueError(f"session must be 1 to 64 characters of [A-Za-z0-9_.-], got {self.name!r}")
         self.schedule = Schedule.parse(schedule)
         self._answer: Callable[[], Answer | None] = lambda: None
         self.episode = 0
         self.step_number = 0
-        self._seed = _checked_seed(seed)
+        self._seed = _whole("seed", seed)
+        if not 0 <= self._seed < 2**64:
+            raise ValueError(f"seed must be 0 to 2**64 - 1, got {seed}")
         self._client = 1 + secrets.randbits(63)  # tells this client from another under the same name
-        self._timeouts = timeouts
-        self._latency = _checked_latency(latency)
+        self._timeouts = Timeouts() if timeouts is None else timeouts
+        if not isinstance(self._timeouts, Timeouts):
+            raise ValueError(f"timeouts must be Timeouts(act=..., condition=..., ...), got {timeouts!r}")
+        self._latency = _checked_latency({} if latency is None else latency)
         self._tracer = tracer
         self._traceparent = ""
         self._generalists = Replicas(_addresses(generalist, "generalist"), self.name)
@@ -104,15 +109,13 @@ class Session:
         return infos
 
     def reset(self, instruction: str, episode: int | None) -> Plan[None]:
-        if not isinstance(instruction, str) or not 1 <= len(instruction.strip()) <= LONGEST_INSTRUCTION:
+        if not _is_text(instruction) or not instruction.strip() or len(instruction) > LONGEST_INSTRUCTION:
             raise ValueError(
                 f"instruction must be 1 to {LONGEST_INSTRUCTION} characters of text, got {instruction!r:.80}"
             )
-        following = self.episode + 1 if episode is None else episode
-        if not self.episode < following <= LAST_EPISODE:
-            raise ValueError(
-                f"episode must be over {self.episode}, the last one, and at most {LAST_EPISODE}, got {following}"
-            )
+        following = self.episode + 1 if episode is None else _whole("episode", episode)
+        if not self.episode < following <= LAST:
+            raise ValueError(f"episode must be over {self.episode}, the last one, and at most {LAST}, got {following}")
         self._ready = False
         yield from self._stop_thinking()
         if not self._began:
@@ -169,8 +172,9 @@ class Session:
         return action
 
     def skip(self, steps: int) -> None:
-        if steps < 0:
-            raise ValueError(f"steps must be at least 0, got {steps}")
+        steps = _whole("steps", steps)
+        if not 0 <= steps <= LAST - self.step_number:
+            raise ValueError(f"steps must be at least 0, and lead no further than to step {LAST}, got {steps}")
         self.step_number += steps
 
     def close(self) -> Plan[None]:
@@ -335,9 +339,10 @@ class Session:
 
 
 def _addresses(given: str | Sequence[str], name: str) -> list[str]:
-    addresses = [given] if isinstance(given, str) else list(given)
+    addresses = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     for address in addresses:
-        if not isinstance(address, str) or not re.search(r".:[0-9]{1,5}$", address):
+        found = re.fullmatch(r"(dns:///)?[^/\s]+:([0-9]{1,5})", address) if isinstance(address, str) else None
+        if found is None or int(found.group(2)) > 65535:
             raise ValueError(
                 f"{name} must be 'host:port', 'dns:///host:port', or a list of these for replicas, got {address!r}"
             )
@@ -346,15 +351,21 @@ def _addresses(given: str | Sequence[str], name: str) -> list[str]:
     return addresses
 
 
-def _checked_seed(seed: int) -> int:
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be 0 to 2**64 - 1, got {seed}")
-    return int(seed)
+def _whole(name: str, given: int) -> int:
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {given!r}") from None
+
+
+def _is_text(given: str) -> bool:
+    """Whether it is a string, and one that can be sent: without half a surrogate pair."""
+    return isinstance(given, str) and not any("\ud800" <= letter <= "\udfff" for letter in given)
 
 
 def _checked_latency(given: Mapping[str, float]) -> dict[str, float]:
     latency = {"generalist": 0.0, "specialist": 0.0, **given}
-    if len(latency) > 2 or not all(0 <= seconds < float("inf") for seconds in latency.values()):
+    if len(latency) > 2 or not all(map(is_wait, latency.values())):
         raise ValueError(f"latency must be seconds, at least 0, of 'generalist' and 'specialist', got {dict(given)}")
     return latency
 

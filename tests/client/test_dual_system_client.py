@@ -280,13 +280,58 @@ def test_misuse_is_named(make, generalist, specialist, obs):
         ({"seed": -1}, "seed must be 0 to"),
         ({"token": "a b"}, "token must be printable ASCII"),
         ({"token": ""}, "token must be printable ASCII"),
+        ({"token": b"secret"}, "token must be printable ASCII"),
+        ({"tls": "ca.pem"}, "tls must be True, False or Tls"),
+        ({"tls": {"ca": "ca.pem"}}, "tls must be True, False or Tls"),
+        ({"timeouts": 5}, "timeouts must be Timeouts"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": "1"}, "seed must be a whole number"),
+        ({"session": 5}, "session must be"),
+        ({"schedule": None}, "schedule must be"),
+        ({"generalist": None}, "generalist must be 'host:port'"),
+        ({"generalist": "http://a:1"}, "generalist must be 'host:port'"),
+        ({"generalist": "a:99999"}, "generalist must be 'host:port'"),
+        ({"specialist": "a:1\n"}, "specialist must be 'host:port'"),
+        ({"latency": {"specialist": "1"}}, "latency must be seconds"),
+        ({"latency": {"specialist": 1e10}}, "latency must be seconds"),
     ],
 )
 def test_malformed_arguments_are_refused(make, options, expected):
     with pytest.raises(ValueError, match=expected):
         make(**options)
-    with pytest.raises(ValueError, match="timeouts: act must be over 0"):
-        Timeouts(act=0)
+
+
+@pytest.mark.parametrize("seconds", [0, float("inf"), float("nan"), 1e10, "1", None])
+@pytest.mark.parametrize("name", ["act", "condition", "control", "budget", "connect"])
+def test_timeouts_that_nothing_can_wait_for_are_refused(name, seconds):
+    with pytest.raises(ValueError, match=f"timeouts: {name} must be over 0 and at most 86400 seconds, got"):
+        Timeouts(**{name: seconds})
+
+
+def test_the_longest_timeouts_work(make, generalist, specialist, obs):
+    timeouts = Timeouts(*[86400] * 5)
+    with make(generalist.address, specialist.address, timeouts=timeouts, seed=np.uint64(7)) as client:
+        client.reset("open the drawer", episode=np.int32(9))
+        assert client.step(obs).shape == (7,)
+    assert specialist.requests("Reset")[0].seed == 7
+
+
+def test_what_is_refused_changes_nothing(make, generalist, specialist, obs):
+    with make(generalist.address, specialist.address) as client:
+        client.reset("open the drawer")
+        client.step(obs)
+        for episode in (9.5, "9", 1, 2**31):
+            with pytest.raises(ValueError, match="episode must be"):
+                client.reset("close the drawer", episode=episode)
+        for instruction in ("half of a pair \ud800", "x" + " " * 512):
+            with pytest.raises(ValueError, match="instruction must be"):
+                client.reset(instruction)
+        for steps in (1.5, "1", None, 2**31):
+            with pytest.raises(ValueError, match="steps must be"):
+                client.skip(steps)
+        client.skip(np.int64(2))
+        client.step(obs)
+        assert (client.last.episode, client.last.step) == (1, 3)
 
 
 def test_closed_client_leaves_no_thread_of_its_own(generalist, specialist, obs):
