@@ -97,6 +97,20 @@ def test_held_still_the_arm_keeps_its_gripper() -> None:
     assert ticks[3].action_age is None
 
 
+def test_a_policy_may_use_the_client_s_names_for_things_of_its_own() -> None:
+    class Own(Echo):
+        skip = 4  # frames
+        last = None
+
+        def step(self, obs: dict[str, Any]) -> np.ndarray:
+            self.last = super().step(obs)
+            return self.last
+
+    ticks, _ = drive(Pace("repeat", delay_steps=2), Own(), 6)
+    assert executed(ticks) == [None, None, 0, 0, 2, 2]
+    assert {tick.conditioning_age for tick in ticks} == {None}
+
+
 def test_in_real_time_a_fast_policy_acts_as_in_lock_step() -> None:
     policy = Echo(0.001)
     ticks, times = drive(RealTime(10), policy, 10, simulator=0.002)

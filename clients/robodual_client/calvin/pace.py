@@ -13,7 +13,7 @@ from typing import Any, Mapping
 import numpy as np
 
 from robodual_client.answer import Answer
-from robodual_client.calvin.roles import Counting, Observation, Policy, Served
+from robodual_client.calvin.roles import Observation, Policy
 
 HOLD = ("repeat", "zero")
 """What the arm does while an answer is late: the last action again, or no motion with the gripper's command kept."""
@@ -66,15 +66,17 @@ class Asker:
         Raises what the policy raises, and ValueError for an action that is not seven finite numbers.
         """
         began = time.perf_counter()
-        if step > self._next and isinstance(self._policy, Counting):
-            self._policy.skip(step - self._next)
+        skip = getattr(self._policy, "skip", None)
+        if step > self._next and callable(skip):
+            skip(step - self._next)
         self._next = step + 1
         action = np.asarray(self._policy.step(obs))
         time.sleep(self._delay)
         milliseconds = (time.perf_counter() - began) * 1e3
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"the policy's action must be 7 finite numbers, got {action!r}")
-        return Response(step, action, milliseconds, self._policy.last if isinstance(self._policy, Served) else None)
+        last = getattr(self._policy, "last", None)
+        return Response(step, action, milliseconds, last if isinstance(last, Answer) else None)
 
 
 class Pace:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Protocol, runtime_checkable
+from typing import Any, Dict, Protocol
 
 import numpy as np
-
-from robodual_client.answer import Answer
 
 Observation = Dict[str, Any]
 Info = Dict[str, Any]
@@ -27,26 +25,15 @@ class Environment(Protocol):
 
 
 class Policy(Protocol):
-    """Anything that acts: told the instruction once a subtask, then asked for actions (7)."""
+    """Anything that acts: told the instruction once a subtask, then asked for actions (7).
+
+    As DualSystemClient has them, and only then, it may have a method `skip(steps)`, which is told of control steps that
+    it was not asked about, and an attribute `last`, the services' Answer to its last step.
+    """
 
     def reset(self, instruction: str, /) -> None: ...
 
     def step(self, obs: Observation, /) -> np.ndarray: ...
-
-
-@runtime_checkable
-class Served(Protocol):
-    """A policy that tells what the services answered to its last step, as DualSystemClient does."""
-
-    @property
-    def last(self) -> Answer | None: ...
-
-
-@runtime_checkable
-class Counting(Protocol):
-    """A policy that is told of control steps that it was not asked about, as DualSystemClient is."""
-
-    def skip(self, steps: int, /) -> None: ...
 
 
 class Watcher(Protocol):
