@@ -123,6 +123,11 @@ class FakeTable:
         pass
 
 
+def sized(size: tuple[int, int]) -> FakeTable:
+    assert len(size) == 2
+    return FakeTable()
+
+
 def _tuples(contacts: set[Contact]) -> tuple[Contact, ...]:
     """As pybullet's: flag, body A, body B, link A, link B, ..."""
     return tuple((0, 99, body, 0, link) for body, link in sorted(contacts))

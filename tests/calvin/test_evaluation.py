@@ -104,6 +104,12 @@ def test_a_folder_with_a_run_is_not_written_over(options: Make) -> None:
         evaluate(options(numbers=(0, 1), ep_len=30, resume=True))
 
 
+def test_settings_that_a_file_gives_back_as_other_types_resume_the_run(options: Make) -> None:
+    settings = {"env": "fake_table:sized", "env_options": {"size": (1, 2)}}
+    evaluate(options(numbers=(0,), **settings))
+    assert len(evaluate(options(numbers=(0, 1), resume=True, **settings)).sequences) == 2
+
+
 @pytest.mark.parametrize("how", ["die", "raise"])
 def test_a_worker_that_dies_is_replaced_and_its_sequence_repeated(options: Make, tmp_path: Path, how: str) -> None:
     whole = evaluate(options("whole"))

@@ -92,6 +92,16 @@ def test_another_checkpoint_does_not_resume_the_run(
         evaluate(through("run", numbers=(0, 1), resume=True))
 
 
+def test_where_traces_go_changes_no_result(
+    through: Callable[..., Options], pair: tuple[FakeGeneralist, FakeSpecialist]
+) -> None:
+    evaluate(through("run", numbers=(0,), ep_len=2))
+    addresses = {"generalist": pair[0].address, "specialist": pair[1].address, "schedule": "published"}
+    traced = {**addresses, "traces": "http://127.0.0.1:9"}
+    resumed = evaluate(through("run", numbers=(0, 1), ep_len=2, policy_options=traced, resume=True))
+    assert len(resumed.sequences) == 2
+
+
 class Redeployed(Silent):
     """Puts another model into a service's place when the second sequence is finished."""
 

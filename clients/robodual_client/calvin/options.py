@@ -145,8 +145,8 @@ class Options:
 
 
 def _what(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Less what says where something is, which does not change a result."""
-    where = ("root", "generalist", "specialist", "tls")
+    """Less what says where something is, or goes, which does not change a result."""
+    where = ("root", "generalist", "specialist", "tls", "traces")
     return {name: value for name, value in options.items() if name not in where}
 
 

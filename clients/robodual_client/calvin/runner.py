@@ -6,6 +6,7 @@ A run's folder holds run.json (protocol and provenance), sequences.jsonl (one li
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _services(options: Options) -> dict[str, dict[str, Any]]:
 
 def _earlier(options: Options, models: dict[str, dict[str, str]]) -> Results:
     """What an earlier start of this run has finished. Raises EvaluationError if the folder holds another run."""
-    protocol = {**options.protocol(), "models": models}
+    protocol = json.loads(json.dumps({**options.protocol(), "models": models}))  # as run.json gives it back
     if not (options.out / results.SEQUENCES).exists():
         return Results({}, protocol)
     if not options.resume:
