@@ -85,6 +85,7 @@ class Session:
         self._conditioning: Conditioning | None = None
         self._least: int | None = None  # the step of the least conditioning that a replica must see
         self._thinking: Thinking | None = None
+        self._launching = False
 
     @property
     def last(self) -> Answer | None:
@@ -162,10 +163,10 @@ class Session:
         due = any(self.schedule.waits(passed) for passed in range(self._first_unseen, step + 1))
         if due and (self._asked is None or self._asked[0] != step):
             self._conditioning = yield from self._condition(step, frame)
-            self._asked = step, frame
             self._least = step
             if self.schedule.asynchronous:
                 self._thinking = Thinking(self._generalists, self._conditioning)
+            self._asked = step, frame
         action = yield from self._act(step, frame)
         self._previous = frame
         self.step_number = self._first_unseen = step + 1
@@ -284,9 +285,15 @@ class Session:
         replicas.checked = address
 
     def _think(self, thinking: Thinking, step: int, frame: Frame) -> Plan[None]:
+        if self._launching:  # Ctrl-C came in between: nobody knows whether the request left
+            thinking.stop()
+            yield Halt()
+            thinking = self._thinking = Thinking(self._generalists, thinking.latest)
+        self._launching = True
         launch = thinking.offer(step, lambda: self._thought(step, frame))
         if launch is not None:
             yield launch
+        self._launching = False
 
     def _thought(self, step: int, frame: Frame) -> Plan[Conditioning]:
         """One attempt at the frame's conditioning, in the background."""

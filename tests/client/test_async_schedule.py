@@ -12,6 +12,7 @@ import pytest
 from fake_services import observation
 
 from robodual_client import AsyncDualSystemClient, DualSystemClient, Timeouts, aio, connection, tensors
+from robodual_client.calls import Launch
 from robodual_client.errors import InvalidRequest, ServiceMismatch, Unauthenticated
 
 UNAVAILABLE = (grpc.StatusCode.UNAVAILABLE, "shutting down")
@@ -131,6 +132,30 @@ def test_refusal_in_the_background_is_raised_by_the_next_step(drive, generalist,
     generalist.fail("Condition", lambda: None, fault)
     with pytest.raises(error, match=fault[1]):
         drive(30, 0.02)
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_ctrl_c_at_a_launch_does_not_silence_the_generalist(generalist, specialist, monkeypatch, launched):
+    with DualSystemClient(generalist.address, specialist.address, schedule="async") as client:
+        client.reset("open the drawer")
+        client.step(observation(0))
+        perform = client._connections._perform
+
+        def interrupted(operation):
+            if not isinstance(operation, Launch):
+                return perform(operation)
+            monkeypatch.undo()
+            if launched:
+                perform(operation)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(client._connections, "_perform", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.step(observation(1))
+        for step in range(1, 20):
+            client.step(observation(step))
+            time.sleep(0.02)
+        assert client.last.conditioning.step > 10
 
 
 def test_generalist_that_moves_is_looked_up_again(drive, generalist, second_generalist, specialist, monkeypatch):
