@@ -93,7 +93,7 @@ def _sweep(given: argparse.Namespace) -> None:
 
     options, delays = flags.options(given), sweep.parse_delays(given.delays)
     if given.dry_run:
-        print(f"{len(delays)} evaluations, each:\n{estimate(options)}")
+        print(f"{len(sweep.plan(options, delays))} evaluations, each:\n{estimate(options)}")
         return
     try:
         runs = sweep.sweep(options, delays, lambda line: print(line, file=sys.stderr))

@@ -95,6 +95,32 @@ def test_a_dry_run_counts_and_leaves_nothing_behind(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_refuses_what_the_run_would_be_refused_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    dry = ["evaluate", *FAKE, "--num-sequences", "2", "--dry-run"]
+    assert "cannot be written" in refused(capsys, *dry, "--out", str(tmp_path / "file" / "run"))
+    run = ["--out", str(tmp_path / "run")]
+    main(["evaluate", *FAKE, "--num-sequences", "1", "--no-report", *run])
+    capsys.readouterr()
+    assert "already holds a run" in refused(capsys, *dry, *run)
+    assert "seed is 0, not 1" in refused(capsys, *dry, *run, "--resume", "--seed", "1")
+    main([*dry, *run, "--resume"])
+    assert "1 sequences to run, 1 done" in capsys.readouterr().out
+
+
+def test_a_sweep_finds_a_folder_that_is_taken_before_its_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sweep", *FAKE, "--num-sequences", "1", "--no-report", "--out", str(tmp_path / "sweep")]
+    main([*command, "--delays", "2"])
+    capsys.readouterr()
+    for dry in ([], ["--dry-run"]):
+        assert "delay-02 already holds a run" in refused(capsys, *command, "--delays", "0,2", *dry)
+    assert not (tmp_path / "sweep" / "delay-00").exists()
+
+
 def test_what_can_be_known_before_the_first_sequence_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

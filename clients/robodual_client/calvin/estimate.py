@@ -9,8 +9,7 @@ from pathlib import Path
 
 from robodual_client.calvin.options import Options
 from robodual_client.calvin.progress import Silent
-from robodual_client.calvin.results import SEQUENCES, load
-from robodual_client.calvin.runner import evaluate
+from robodual_client.calvin.runner import check, evaluate
 from robodual_client.calvin.sequences import CHAIN
 
 PIECE = 30  # steps of a subtask
@@ -21,7 +20,7 @@ def estimate(options: Options) -> str:
 
     Raises EvaluationError for what would stop the run before its first sequence.
     """
-    done = load(options.out).sequences if options.resume and (options.out / SEQUENCES).exists() else {}
+    done = check(options)[0].sequences
     todo = [number for number in options.numbers if number not in done]
     if not todo:
         return f"nothing is left to run: {len(done)} sequences are done in {options.out}"

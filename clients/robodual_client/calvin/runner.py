@@ -26,20 +26,17 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
     Raises EvaluationError, before the first sequence wherever it can be known, with a message of one line.
     """
     instructions = options.instructions()
-    _require_writable(options.out)
-    _require_video(options)
-    services = _services(options)
-    models = {name: {key: info[key] for key in ("profile", "checkpoint")} for name, info in services.items()}
-    run = _earlier(options, models)
+    run, services = check(options)
     todo = [number for number in options.numbers if number not in run.sequences]
     entry = provenance.collect(options, services)
     run.provenance.append(entry)
     try:
+        options.out.mkdir(parents=True, exist_ok=True)
         _write_run(options.out, run)
         try:
             with progress or choose(len(run.sequences) + len(todo)) as shown:
                 sensors = services["specialist"]["sensors"] if services else ()
-                workers = Workers(options, todo, instructions, sensors, models)
+                workers = Workers(options, todo, instructions, sensors, run.protocol["models"])
                 _run(workers, options.out, len(run.sequences) + len(todo), run, entry, shown)
         finally:
             # Ctrl-C may come between a line's writing and its counting: the file says what is done.
@@ -49,6 +46,18 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
     except OSError as error:
         raise EvaluationError(f"out: {error}; what is finished is kept in {options.out}: --resume goes on") from error
     return run
+
+
+def check(options: Options) -> tuple[Results, dict[str, dict[str, Any]]]:
+    """What an earlier start of the run has finished, and what the services that it asks say of themselves.
+
+    Raises EvaluationError if folder, extras or services do not let it start or go on. Leaves nothing behind.
+    """
+    _require_writable(options.out)
+    _require_video(options)
+    services = provenance.ask_services(options.policy_options) if options.policy == "services" else {}
+    models = {name: {key: info[key] for key in ("profile", "checkpoint")} for name, info in services.items()}
+    return _earlier(options, models), services
 
 
 def _run(workers: Workers, out: Path, total: int, run: Results, entry: dict[str, Any], shown: Progress) -> None:
@@ -68,8 +77,8 @@ def _run(workers: Workers, out: Path, total: int, run: Results, entry: dict[str,
 
 def _require_writable(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise EvaluationError(f"out: {folder} cannot be written: {error.strerror}") from error
@@ -82,10 +91,6 @@ def _require_video(options: Options) -> None:
         except ImportError as error:
             cure = "install the extra: pip install 'robodual-client[report]'"
             raise EvaluationError(f"video: {error}; {cure}") from error
-
-
-def _services(options: Options) -> dict[str, dict[str, Any]]:
-    return provenance.ask_services(options.policy_options) if options.policy == "services" else {}
 
 
 def _earlier(options: Options, models: dict[str, dict[str, str]]) -> Results:

@@ -8,7 +8,7 @@ from typing import Any, Callable, Mapping
 
 from robodual_client.calvin.options import EvaluationError, Options
 from robodual_client.calvin.results import REPORT, Results, write_json
-from robodual_client.calvin.runner import evaluate
+from robodual_client.calvin.runner import check, evaluate
 from robodual_client.calvin.sequences import CHAIN
 from robodual_client.calvin.statistics import bootstrap, wilson
 
@@ -25,14 +25,21 @@ def parse_delays(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
+def plan(options: Options, delays: tuple[int, ...]) -> dict[int, Options]:
+    """The evaluation of each delay. Raises EvaluationError if one of them could not start."""
+    runs = {delay: replace(options, out=folder_of(options.out, delay), delay_steps=delay) for delay in delays}
+    for run in runs.values():
+        check(run)
+    return runs
+
+
 def sweep(options: Options, delays: tuple[int, ...], note: Callable[[str], None]) -> dict[int, Results]:
     """Evaluates `options` at each delay, in a folder of its own under `options.out`, and writes sweep.json.
 
     Raises EvaluationError before the first evaluation if one of them cannot be.
     """
-    runs = {delay: replace(options, out=folder_of(options.out, delay), delay_steps=delay) for delay in delays}
     done: dict[int, Results] = {}
-    for delay, run in runs.items():
+    for delay, run in plan(options, delays).items():
         note(f"{delay} steps late: {run.out}")
         done[delay] = evaluate(run)
         write_json(options.out / SWEEP, to_json(done))
