@@ -218,5 +218,6 @@ async def _write_and_read(stream: Any, call: Call) -> Any:
         await stream.write(call.request)
     except (asyncio.InvalidStateError, grpc.RpcError) as error:
         # Whatever gRPC makes of it, this request was not what ended the stream: it may do better on a new one.
-        raise Failure(grpc.StatusCode.UNAVAILABLE, "the stream had ended", call.where) from error
+        why = f"the stream had ended ({(await stream.code()).name}: {await stream.details() or 'no details'})"
+        raise Failure(grpc.StatusCode.UNAVAILABLE, why[:500], call.where) from error
     return await stream.read()

@@ -148,6 +148,20 @@ def test_specialist_that_stays_away_is_given_up_after_the_budget(make, generalis
         assert time.monotonic() - start < 2
 
 
+def test_stream_that_ended_between_two_steps_says_why(generalist, specialist):
+    async def drive():
+        timeouts = Timeouts(budget=0.01)
+        async with AsyncDualSystemClient(generalist.address, specialist.address, timeouts=timeouts) as client:
+            await client.reset("open the drawer")
+            await client.step(observation(0))
+            specialist.kill()
+            await asyncio.sleep(0.2)
+            await client.step(observation(1))
+
+    with pytest.raises(ServiceUnavailable, match=r"the stream had ended \([A-Z]+: [A-Za-z]+"):
+        asyncio.run(drive())
+
+
 def test_restarted_specialist_goes_on_with_the_same_actions(make, generalist, specialist, undisturbed):
     with make(generalist.address, specialist.address, seed=3) as client:
         client.reset("lift the red block")
