@@ -64,6 +64,14 @@ def test_the_gpu_that_cuda_sees_is_drawn_on(monkeypatch: pytest.MonkeyPatch, tmp
     assert rendering.choose() == Renderer("egl", 3, "GPU 3")
 
 
+@pytest.mark.parametrize("render", ["auto", "egl"])
+@pytest.mark.parametrize("device", ["GPU-5f3c", "0,1", "-1", ""])
+def test_an_egl_device_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch, render: str, device: str) -> None:
+    monkeypatch.setenv("EGL_VISIBLE_DEVICES", device)
+    with pytest.raises(SimulatorError, match=f"EGL_VISIBLE_DEVICES must be the number .*, got '{device}'"):
+        rendering.choose(render)
+
+
 def test_a_gpu_that_cannot_draw_gives_way_to_the_drivers_choice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

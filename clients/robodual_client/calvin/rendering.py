@@ -50,12 +50,16 @@ def choose(render: str = "auto") -> Renderer:
     """The renderer for `render`: "egl", "cpu", or "auto", which is EGL on a GPU, else the CPU with a warning.
 
     EGL in software (Mesa's llvmpipe) counts only when asked for by name: it draws OpenGL's image, but slower than
-    pybullet's own renderer. Raises SimulatorError if EGL is asked for and does not work.
+    pybullet's own renderer. Raises SimulatorError if EGL is asked for and does not work, or EGL_VISIBLE_DEVICES is no
+    number.
     """
     if render not in CHOICES:
         raise SimulatorError(f"--render is {render!r}; it should be one of {', '.join(CHOICES)}")
     if render == "cpu":
         return Renderer("cpu")
+    device = os.environ.get("EGL_VISIBLE_DEVICES", "0")
+    if not device.isdecimal():
+        raise SimulatorError(f"EGL_VISIBLE_DEVICES must be the number of one EGL device, as 0, got {device!r}")
     try:
         renderer = _egl()
     except SimulatorError as error:
