@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from robodual_client.calvin.histogram import Histogram
 from robodual_client.calvin.records import Record
 from robodual_client.calvin.results import Results
 from robodual_client.calvin.sequences import published
-from robodual_client.calvin.statistics import bootstrap, wilson
+from robodual_client.calvin.statistics import bootstrap, sign_flip, wilson
 
 
 def run(lengths: list[int]) -> Results:
@@ -96,6 +98,27 @@ def test_the_bootstrap_covers_what_the_normal_interval_does() -> None:
     spread = 1.96 * values.std() / np.sqrt(400)
     assert bootstrap(list(values)) == pytest.approx((values.mean() - spread, values.mean() + spread), abs=0.01)
     assert bootstrap(list(values)) == bootstrap(list(values))
+
+
+def test_a_sign_flip_counts_the_signs_that_lead_as_far() -> None:
+    assert sign_flip([1] * 6) == pytest.approx(2 / 2**6)
+    assert sign_flip([0, 0, -2]) == 1.0
+    assert sign_flip([]) == 1.0
+    differences = [3, -1, 2, 2, 0, 1, -1, 4]
+    sums = [np.dot(signs, differences) for signs in product((-1, 1), repeat=8)]
+    assert sign_flip(differences) == pytest.approx(np.mean([abs(each) >= sum(differences) for each in sums]))
+    large = np.random.default_rng(0).integers(-5, 6, 1000).tolist()
+    assert sign_flip(large) == pytest.approx(
+        2 * (1 - NormalDist(0, np.linalg.norm(large)).cdf(abs(sum(large)))), abs=0.01
+    )
+
+
+@pytest.mark.parametrize("sequences", [1, 5])
+def test_a_handful_of_sequences_proves_nothing(sequences: int) -> None:
+    compared = compare(run([0] * sequences), run([5] * sequences))
+    assert compared.difference == 5
+    assert "no difference beyond chance" in compared.table("old", "new")
+    assert "new is better (p = 0.031)" in compare(run([0] * 6), run([5] * 6)).table("old", "new")
 
 
 def test_comparison_pairs_the_sequences_that_both_runs_have() -> None:

@@ -8,7 +8,9 @@ from typing import Any, Mapping
 from robodual_client.calvin.pace import describe
 from robodual_client.calvin.results import Results
 from robodual_client.calvin.sequences import CHAIN
-from robodual_client.calvin.statistics import bootstrap, wilson
+from robodual_client.calvin.statistics import bootstrap, sign_flip, wilson
+
+SIGNIFICANT = 0.05  # the probability under which a difference is not called chance
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Row:
 @dataclass(frozen=True)
 class Comparison:
     """Success rates (0 to 1, Wilson intervals) of chains and tasks; average lengths (bootstrap intervals); and the
-    mean of B's length minus A's over the sequences that both ran, which compares like with like."""
+    mean of B's length minus A's over the sequences that both ran, which compares like with like, and the probability of
+    one as large by chance."""
 
     chains: list[Row]
     tasks: list[Row]
@@ -33,6 +36,7 @@ class Comparison:
     shared: int
     difference: float
     difference_interval: tuple[float, float]
+    chance: float
     settings: list[tuple[str, str, str]]  # name, A's and B's, where these differ
     lateness: tuple[str, str]  # how far answers came late in A and in B
 
@@ -43,11 +47,12 @@ class Comparison:
         lines.append(_line(self.length, 1, 3))
         lines += ["", *(_line(row, 100, 1) for row in self.tasks)]
         low, high = self.difference_interval
-        verdict = "no difference beyond chance" if low <= 0 <= high else f"{b if low > 0 else a} is better"
+        better = b if self.difference > 0 else a
+        verdict = f"{better} is better" if self.chance < SIGNIFICANT else "no difference beyond chance"
         lines += [
             "",
             f"average length, {b} - {a}, over the {self.shared} sequences of both: "
-            f"{self.difference:+.3f} ({low:+.3f} to {high:+.3f}): {verdict}",
+            f"{self.difference:+.3f} ({low:+.3f} to {high:+.3f}): {verdict} (p = {self.chance:.2g})",
         ]
         if self.settings:
             lines += ["", *(f"{name}: {one} in {a}, {other} in {b}" for name, one, other in self.settings)]
@@ -76,6 +81,7 @@ def compare(a: Results, b: Results) -> Comparison:
         shared=len(shared),
         difference=difference,
         difference_interval=bootstrap(differences),
+        chance=sign_flip(differences),
         settings=_settings(a.protocol, b.protocol),
         lateness=(a.lateness(), b.lateness()),
     )
