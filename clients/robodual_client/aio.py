@@ -41,7 +41,6 @@ class AsyncDualSystemClient:
         latency: Mapping[str, float] | None = None,
         traces: str | None = None,
     ) -> None:
-        self._tracer = None if traces is None else Tracer(traces, "robodual-client")
         self._session = Session(
             generalist,
             specialist,
@@ -50,9 +49,10 @@ class AsyncDualSystemClient:
             seed=seed,
             timeouts=timeouts,
             latency=latency,
-            tracer=self._tracer,
         )
         self._connections = AsyncConnections(security(token, tls), stream)
+        # Last: it starts a thread, which nobody would end for a client that was refused.
+        self._tracer = self._session.tracer = None if traces is None else Tracer(traces, "robodual-client")
 
     @property
     def session(self) -> str:

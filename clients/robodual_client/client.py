@@ -59,7 +59,6 @@ class DualSystemClient:
         latency: Mapping[str, float] | None = None,
         traces: str | None = None,
     ) -> None:
-        self._tracer = None if traces is None else Tracer(traces, "robodual-client")
         self._session = Session(
             generalist,
             specialist,
@@ -68,9 +67,10 @@ class DualSystemClient:
             seed=seed,
             timeouts=timeouts,
             latency=latency,
-            tracer=self._tracer,
         )
         self._connections = Connections(security(token, tls), stream)
+        # Last: it starts a thread, which nobody would end for a client that was refused.
+        self._tracer = self._session.tracer = None if traces is None else Tracer(traces, "robodual-client")
         # Also at exit, for a client that nobody closed: the interpreter must not go while gRPC's threads hold locks.
         self._finalizer = weakref.finalize(self, self._connections.close)
 

@@ -44,7 +44,6 @@ class Session:
         seed: int,
         timeouts: Timeouts | None,
         latency: Mapping[str, float] | None,
-        tracer: Tracer | None = None,
     ) -> None:
         self.name = uuid.uuid4().hex if session is None else session
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name):
@@ -61,7 +60,7 @@ class Session:
         if not isinstance(self._timeouts, Timeouts):
             raise ValueError(f"timeouts must be Timeouts(act=..., condition=..., ...), got {timeouts!r}")
         self._latency = _checked_latency({} if latency is None else latency)
-        self._tracer = tracer
+        self.tracer: Tracer | None = None
         self._traceparent = ""
         self._generalists = Replicas(_addresses(generalist, "generalist"), self.name)
         self._specialists = Replicas(_addresses(specialist, "specialist"), self.name)
@@ -138,10 +137,10 @@ class Session:
         self._ready = True
 
     def step(self, obs: Mapping[str, Any]) -> Plan[npt.NDArray[np.float64]]:
-        if self._tracer is None:
+        if self.tracer is None:
             return (yield from self._step(obs))
         where = {"session": self.name, "episode": self.episode, "step": self.step_number}
-        span = self._tracer.begin("step", where)
+        span = self.tracer.begin("step", where)
         self._traceparent = span.traceparent
         try:
             action = yield from self._step(obs)

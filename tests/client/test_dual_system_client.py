@@ -347,6 +347,15 @@ def test_closed_client_leaves_no_thread_of_its_own(generalist, specialist, obs):
     assert [thread.name for thread in left if thread.is_alive()] == []
 
 
+def test_refused_client_leaves_no_thread_behind(make):
+    pytest.importorskip("opentelemetry.sdk")
+    before = set(threading.enumerate())
+    for options in ({"schedule": "sometimes"}, {"token": "a b"}, {"timeouts": 5}):
+        with pytest.raises(ValueError, match="must be"):
+            make(traces="http://127.0.0.1:9", **options)
+    assert set(threading.enumerate()) == before
+
+
 def test_every_error_is_a_robodual_error():
     for error in (InvalidObservation, ServiceUnavailable, DeadlineExceeded, SessionLost):
         assert issubclass(error, RoboDualError)
