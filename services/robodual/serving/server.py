@@ -14,12 +14,13 @@ from urllib.parse import urlsplit
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from robodual.serving.auth import Authenticator, AuthInterceptor
 from robodual.serving.calls import CallInterceptor
 from robodual.serving.errors import Unavailable
+from robodual.serving.health import Health
 from robodual.serving.http import HttpServer, Pages, application
 from robodual.serving.logging import configure
 from robodual.serving.metrics import Metrics
@@ -62,7 +63,7 @@ class Server:
             key=settings.tls_key,
             client_ca=settings.tls_client_ca,
         )
-        self._health = health.aio.HealthServicer()
+        self._health = Health("", self._name)
         # Calls first: an interceptor wraps those after it.
         self._calls = CallInterceptor(metrics)
         self._tracer = None if settings.traces is None else Tracer(settings.traces, f"robodual-{settings.service}")
@@ -102,7 +103,7 @@ class Server:
             await self._grpc.start()
             await self._grpc.stop(None)
             raise OSError(f"port: cannot listen on {host}:{settings.port}; does another service?") from error
-        await self._publish()
+        self._publish()
         await self._grpc.start()
         self._background.run("health", self._keep_publishing())
         if settings.tokens_file is not None:
@@ -132,7 +133,7 @@ class Server:
     async def drain(self) -> None:
         """Takes no new calls, lets those in flight finish for `shutdown_grace` seconds, then stops gRPC."""
         self.readiness.lack("serving", "draining")
-        await self._publish()
+        self._publish()
         if self._end_streams is not None:
             self._end_streams()
         grace = self._settings.shutdown_grace
@@ -151,17 +152,14 @@ class Server:
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.close)
 
-    async def _publish(self) -> None:
-        states = health_pb2.HealthCheckResponse
+    def _publish(self) -> None:
         self.metrics.ready.set(self.readiness.ready)
-        state = states.SERVING if self.readiness.ready else states.NOT_SERVING
-        await self._health.set("", state)
-        await self._health.set(self._name, state)
+        self._health.set(serving=self.readiness.ready)
 
     async def _keep_publishing(self) -> None:
         while True:
             await self.readiness.change()
-            await self._publish()
+            self._publish()
 
 
 class _Methods(grpc.GenericRpcHandler):
