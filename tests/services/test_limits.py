@@ -1,6 +1,7 @@
-"""Limits of one token: how many sessions it may have, and how many requests it may make a second."""
+"""Limits of one token: how many sessions and open calls it may have, and how many requests it may make a second."""
 
-from collections.abc import Awaitable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,10 @@ from replicas import act, conditioning, frame, generalist, specialist, version
 
 from robodual.conditioning.store import Store
 from robodual.generalist.engine import GeneralistEngine
-from robodual.serving import leases, rate
+from robodual.serving import leases, rate, server
 from robodual.specialist.engine import SpecialistEngine
 from robodual_client import tensors, wire
+from robodual_client.wire import rpc
 
 ONE, TWO = "the-first-token-1", "the-second-token-2"
 TOKENS = f"one:{ONE},two:{TWO}"
@@ -97,3 +99,39 @@ async def test_messages_of_streams_count_as_calls_do_and_so_do_those_over_http(
             assert (await http.get("/info", headers={"Authorization": f"Bearer {TWO}"})).status_code == 200
             assert (await http.get("/healthz")).status_code == 200
         assert (await replica.stub.GetInfo(wire.InfoRequest(), **by(TWO))).service == "specialist"
+
+
+async def test_a_token_with_its_share_of_open_calls_leaves_the_port_to_others(
+    specialist_engine: SpecialistEngine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    monkeypatch.setattr(server, "SHARE", 6)
+    async with specialist(specialist_engine, url, tokens=TOKENS, max_sessions=1) as replica:
+        # A call of one message is open too while that does not come, and before anything counts it as a request.
+        idle = [replica.stub.ActStream(metadata=by(ONE)["metadata"]) for _ in range(3)]
+        act = replica.channel.stream_stream(f"/{rpc.SPECIALIST}/Act")
+        idle += [act(nothing(), metadata=by(ONE)["metadata"]) for _ in range(3)]
+        await asyncio.sleep(0.3)
+        async with grpc.aio.insecure_channel(
+            f"127.0.0.1:{replica.server.port}", options=[("grpc.use_local_subchannel_pool", 1)]
+        ) as elsewhere:
+            stub = rpc.Stub(elsewhere, rpc.SPECIALIST)
+            code, message = await refused(stub.GetInfo(wire.InfoRequest(), **by(ONE)))
+            assert (code, "this token has 6 calls open, the most that it may" in message) == (EXHAUSTED, True)
+            assert replica.server.metrics.answered()["RESOURCE_EXHAUSTED"] == 1
+            assert (await stub.GetInfo(wire.InfoRequest(), **by(TWO))).service == "specialist"
+            for call in idle:
+                call.cancel()
+            await asyncio.sleep(0.3)
+            assert (await stub.GetInfo(wire.InfoRequest(), **by(ONE))).service == "specialist"
+
+
+async def test_an_owner_of_all_sessions_has_calls_for_them(specialist_engine: SpecialistEngine, url: str) -> None:
+    async with specialist(specialist_engine, url, tokens=TOKENS) as replica:
+        streams = [replica.stub.ActStream(metadata=by(ONE)["metadata"]) for _ in range(2 * 256)]
+        await asyncio.gather(*(replica.stub.GetInfo(wire.InfoRequest(), **by(ONE)) for _ in range(256)))
+        for stream in streams:
+            stream.cancel()

@@ -1,10 +1,19 @@
 """Whoever reaches a port without a token holds nobody else up."""
 
 import asyncio
+import itertools
+import socket
 import struct
+from collections.abc import AsyncIterator
 
+import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from test_endpoints import channel_to, started
+from test_endpoints import TOKENS, bearer, channel_to, started
+
+from robodual.serving.auth import EXEMPT, EXEMPT_CALLS
+from robodual_client import wire
+from robodual_client.wire import rpc
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -14,21 +23,31 @@ def _frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
     return struct.pack(">I", len(body))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + body
 
 
-def _call_of_one_who_never_reads(path: str) -> bytes:
-    """A call with an empty message by a peer whose HTTP/2 windows have no room for an answer."""
+async def _silence() -> AsyncIterator[bytes]:
+    """The requests of a call that never sends one."""
+    await asyncio.Event().wait()
+    yield b""
+
+
+def _preface(window: int) -> bytes:
+    """How a peer begins, whose HTTP/2 windows have room for so many bytes."""
+    settings = _frame(4, 0, 0, struct.pack(">HI", 4, window))
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + _frame(4, 1, 0)
+
+
+def _call(path: str, stream: int = 1) -> bytes:
+    """A call with an empty message."""
     headers = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
     headers["content-type"] = "application/grpc"
     fields = b"".join(b"\0" + bytes([len(k)]) + k.encode() + bytes([len(v)]) + v.encode() for k, v in headers.items())
-    no_window = _frame(4, 0, 0, struct.pack(">HI", 4, 0))
-    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + no_window + _frame(4, 1, 0)
-    return preface + _frame(1, 4, 1, fields) + _frame(0, 1, 1, bytes(5))
+    return _frame(1, 4, stream, fields) + _frame(0, 1, stream, bytes(5))
 
 
 async def test_a_health_watcher_who_never_reads_holds_up_neither_health_nor_the_end() -> None:
     async with started(shutdown_grace=0.5) as server, channel_to(server) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(_call_of_one_who_never_reads("/grpc.health.v1.Health/Watch"))
+        writer.write(_preface(window=0) + _call(f"{EXEMPT}Watch"))
         await asyncio.sleep(0.2)
         server.readiness.meet("store")
         await asyncio.sleep(0.1)
@@ -51,3 +70,54 @@ async def test_a_health_watcher_is_told_of_every_state_that_lasts() -> None:
             server.readiness.meet("store") if state == SERVING else server.readiness.lack("store", "gone")
             assert (await asyncio.wait_for(watch.read(), 2)).status == state
         assert (await of_nothing.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
+async def test_health_calls_without_end_take_places_of_health_calls_alone() -> None:
+    alone = [("grpc.use_local_subchannel_pool", 1)]
+    async with started(tokens=TOKENS) as server, channel_to(server) as channel:
+        address = f"127.0.0.1:{server.port}"
+        async with grpc.aio.insecure_channel(address, options=alone) as strangers:
+            health = health_pb2_grpc.HealthStub(strangers)
+            watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(EXEMPT_CALLS)]
+            await asyncio.gather(*(watch.read() for watch in watches))
+            checks = [strangers.stream_stream(f"{EXEMPT}Check")(_silence()) for _ in range(EXEMPT_CALLS)]
+            await asyncio.sleep(0.2)
+            for one_more in (
+                health.Watch(health_pb2.HealthCheckRequest()).read(),
+                health.Check(health_pb2.HealthCheckRequest(), timeout=5),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await one_more
+                assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert "16 such calls are open already" in (refused.value.details() or "")
+            assert server.metrics.answered() == {"RESOURCE_EXHAUSTED": 2}
+            stub = rpc.Stub(channel, rpc.SPECIALIST)
+            assert (await stub.GetInfo(wire.InfoRequest(), metadata=bearer(TOKENS[0]), timeout=5)).profile == "toy"
+            for call in (*watches, *checks):
+                call.cancel()
+        await asyncio.sleep(0.2)
+        assert (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)).status
+
+
+async def test_refusals_that_nobody_reads_hold_up_nobody_else() -> None:
+    """Such a call stays open until its connection is given up for dead: a limit that counts it would be used up."""
+    async with started(tokens=TOKENS) as server, channel_to(server) as channel:
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            deaf.connect(("127.0.0.1", server.port))
+            deaf.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(deaf, _preface(window=65535))
+            deadline = loop.time() + 20
+            streams = itertools.count(1, 2)
+            while len(asyncio.all_tasks()) < 1200:
+                assert loop.time() < deadline, "the calls do not stay open, or are limited"
+                # A few at a time: of more than it allows at once, gRPC drops the connection.
+                calls = b"".join(
+                    _call(f"/{rpc.SPECIALIST}/GetInfo", stream) for stream in itertools.islice(streams, 20)
+                )
+                await asyncio.wait_for(loop.sock_sendall(deaf, calls), 5)
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.5)
+            stub = rpc.Stub(channel, rpc.SPECIALIST)
+            assert (await stub.GetInfo(wire.InfoRequest(), metadata=bearer(TOKENS[0]), timeout=10)).profile == "toy"

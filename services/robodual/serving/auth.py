@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from pathlib import Path
@@ -14,13 +15,14 @@ import grpc
 import structlog
 from pydantic import SecretStr
 
-from robodual.serving.errors import Unauthenticated
+from robodual.serving.errors import ResourceExhausted, ServiceError, Unauthenticated
 from robodual.serving.rate import Rate
 from robodual.serving.tokens import Token, TokensFile, digest, parse
 
 logger = structlog.get_logger(__name__)
 
 EXEMPT = "/grpc.health.v1.Health/"
+EXEMPT_CALLS = 16  # open at a time, of each exempt method
 MESSAGE = "authorization: expected metadata 'Bearer TOKEN' with one of the service's tokens"
 WITHDRAWN = "authorization: the token has been withdrawn; call again with one of the service's tokens"
 NOBODY = ""  # the owner of what is made through a service without tokens
@@ -121,10 +123,16 @@ class Authenticator:
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Answers UNAUTHENTICATED to calls without a token. Health checks need none."""
+    """Answers UNAUTHENTICATED to calls without a token, and RESOURCE_EXHAUSTED to those beyond an owner's share.
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    Health checks need no token, and have places of their own.
+    """
+
+    def __init__(self, authenticator: Authenticator, *, share: int) -> None:
+        """`share`: how many calls one owner may have open."""
         self._authenticator = authenticator
+        self._share = share
+        self._open = Counter[str]()  # calls by their owner, or by their method where it is exempt
 
     async def intercept_service(
         self,
@@ -132,22 +140,48 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(details)
-        if handler is None or details.method.startswith(EXEMPT):
-            return handler
+        if handler is None:
+            return None
+        if details.method.startswith(EXEMPT):
+            if self._enter(details.method, EXEMPT_CALLS):
+                return handler
+            return _refusal(ResourceExhausted(f"{EXEMPT_CALLS} such calls are open already; try again later"))
         header = next((value for key, value in details.invocation_metadata or () if key == "authorization"), None)
         caller = self._authenticator.caller(_text(header))
         if caller is None:
-            # A handler of one kind may refuse calls of every kind: it answers before it reads.
-            return grpc.stream_stream_rpc_method_handler(_refuse)
+            return _refusal(Unauthenticated(MESSAGE))
         # Interceptors and handler of a call run in one task, whose context these are of.
         _CALLER.set(caller)
         if caller.owner:
             structlog.contextvars.bind_contextvars(token=caller.owner)
+        if not self._enter(caller.owner, self._share):
+            return _refusal(
+                ResourceExhausted(
+                    f"this token has {self._share} calls open, the most that it may; end streams that are not used, "
+                    "or try again later"
+                )
+            )
         return handler
 
+    def _enter(self, whose: str, most: int) -> bool:
+        """Counts the call that runs until it ends, one whose message never comes too; False if it is one too many."""
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a call runs in a task")
+        if self._open[whose] >= most:
+            return False
+        self._open[whose] += 1
+        task.add_done_callback(lambda _: self._open.subtract([whose]))
+        return True
 
-def _refuse(requests: Any, context: Any) -> AsyncIterator[Any]:
-    raise Unauthenticated(MESSAGE)
+
+def _refusal(error: ServiceError) -> Any:
+    """A handler of one kind may refuse calls of every kind: it answers before it reads."""
+
+    def refuse(requests: Any, context: Any) -> AsyncIterator[Any]:
+        raise error
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _text(header: str | bytes | None) -> str | None:

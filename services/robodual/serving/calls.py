@@ -43,7 +43,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(details)
-        if handler is None or details.method.startswith(UNTOUCHED):
+        # None of them takes a stream: what does is a refusal.
+        if handler is None or (details.method.startswith(UNTOUCHED) and not handler.request_streaming):
             return handler
         method = details.method.rpartition("/")[2]
         parse = handler.request_deserializer

@@ -33,7 +33,8 @@ from robodual_client.wire import rpc
 
 logger = structlog.get_logger(__name__)
 
-MAX_CALLS = 1024
+SHARE = 1024  # calls that one owner may have open, at least
+CALLS = 4  # of a session: its stream, one that the network lost, and calls beside them
 LAST_WORDS = 0.2  # seconds for an answer that is given to reach the wire
 
 
@@ -68,10 +69,10 @@ class Server:
         self._calls = CallInterceptor(metrics)
         self._tracer = None if settings.traces is None else Tracer(settings.traces, f"robodual-{settings.service}")
         tracing = [] if self._tracer is None else [TraceInterceptor(self._tracer)]
+        # Without maximum_concurrent_rpcs: refusals count until they are read, so strangers could fill it.
         self._grpc = grpc.aio.server(
-            interceptors=[self._calls, AuthInterceptor(self._authenticator), *tracing],
+            interceptors=[self._calls, AuthInterceptor(self._authenticator, share=_share(settings)), *tracing],
             options=_options(settings),
-            maximum_concurrent_rpcs=MAX_CALLS,
         )
         self._methods = _Methods(self._name)
         self._grpc.add_generic_rpc_handlers((self._methods,))
@@ -225,11 +226,17 @@ def run(settings: Settings, service: AbstractAsyncContextManager[Server]) -> Non
         raise SystemExit(1) from error
 
 
-def _options(settings: Settings) -> list[tuple[str, int]]:
+def _share(settings: GeneralistSettings | SpecialistSettings) -> int:
+    return max(SHARE, CALLS * settings.max_sessions if isinstance(settings, SpecialistSettings) else 0)
+
+
+def _options(settings: GeneralistSettings | SpecialistSettings) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_metadata_size", 16 * 1024),
+        # A client's own process may have all robots of an owner.
+        ("grpc.max_concurrent_streams", _share(settings)),
         # Two services on one port would share its calls between them unnoticed.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", 20_000),
