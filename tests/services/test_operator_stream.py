@@ -19,6 +19,7 @@ from replicas import Replica, act, action, conditioning, specialist, version
 
 from robodual.conditioning.record import Conditioning
 from robodual.conditioning.store import Store
+from robodual.serving import http as serving_http
 from robodual.specialist.engine import Frame, SpecialistEngine
 from robodual.specialist.operator import observers, pages, pictures
 from robodual_client import wire
@@ -381,3 +382,22 @@ async def test_every_colour_of_text_stands_out_from_what_is_behind_it(scheme: st
     for text, ground in [*pairs, ("text", "wash"), ("muted", "wash"), ("amber", "wash")]:
         bright, dim = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
         assert (bright + 0.05) / (dim + 0.05) >= 4.5, (text, ground)
+
+
+async def test_a_stream_outlives_the_wait_for_a_request_and_probes_the_limit_of_requests(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_http, "PATIENCE", 0.3)
+    monkeypatch.setattr(serving_http, "REQUESTS", 1)
+    async with http(replica) as client, looking(client) as reports:
+        beginning = time.monotonic()
+        while time.monotonic() < beginning + 1:
+            await anext(reports)
+        refused = await client.get("/info")
+        assert (refused.status_code, "try again" in refused.text) == (503, True)
+        for probe in ("/healthz", "/readyz"):
+            assert (await client.get(probe)).status_code == 200
+    async with http(replica) as client:
+        deadline = time.monotonic() + 10
+        while (await client.get("/info")).status_code != 200:
+            assert time.monotonic() < deadline

@@ -3,14 +3,17 @@
 import asyncio
 import itertools
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from test_endpoints import TOKENS, bearer, channel_to, started
+from test_endpoints import TOKENS, bearer, channel_to, http, started
 
+from robodual.serving import http as serving_http
 from robodual.serving.auth import EXEMPT, EXEMPT_CALLS
 from robodual_client import wire
 from robodual_client.wire import rpc
@@ -121,3 +124,48 @@ async def test_refusals_that_nobody_reads_hold_up_nobody_else() -> None:
             await asyncio.sleep(0.5)
             stub = rpc.Stub(channel, rpc.SPECIALIST)
             assert (await stub.GetInfo(wire.InfoRequest(), metadata=bearer(TOKENS[0]), timeout=10)).profile == "toy"
+
+
+async def test_connections_without_a_request_keep_nobody_from_http() -> None:
+    async with started(tokens=TOKENS) as server:
+        beginnings = [b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\n"] * serving_http.REQUESTS
+        writers = []
+        for beginning in beginnings:
+            _, writer = await asyncio.open_connection("127.0.0.1", server.http_port)
+            writer.write(beginning)
+            writers.append(writer)
+        await asyncio.sleep(0.2)
+        assert (await http(server, "/healthz")).status_code == 200
+        assert (await http(server, "/metrics", headers={"Authorization": f"Bearer {TOKENS[0]}"})).status_code == 200
+        for writer in writers:
+            writer.close()
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (b"", b""),
+        (b"GET /healthz HTTP/1.1\r\nX-Slow: ", b"x"),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /healthz HTTP/1.1\r\nX-Slow: ", b"x"),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", b"x"),
+    ],
+    ids=["silence", "a request without end", "a second request without end", "a body without end"],
+)
+async def test_a_connection_that_brings_no_whole_request_is_ended(
+    first: bytes, then: bytes, encrypted: bool, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_http, "PATIENCE", 0.4)
+    files = {"tls_certificate": certificates / "server.pem", "tls_key": certificates / "server.key"}
+    trust = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+    async with started(**(files if encrypted else {})) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.http_port, ssl=trust if encrypted else None)
+        writer.write(first)
+        ended = asyncio.ensure_future(reader.read())
+        deadline = asyncio.get_running_loop().time() + 3
+        while not ended.done():
+            assert asyncio.get_running_loop().time() < deadline
+            writer.write(then)
+            await asyncio.sleep(0.05)
+        await asyncio.gather(ended, return_exceptions=True)
+        writer.close()

@@ -15,6 +15,9 @@ from urllib.parse import urlsplit
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request, Response
 from google.protobuf.json_format import MessageToDict
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import robodual
 from robodual.serving.auth import NOBODY, Authenticator
@@ -23,6 +26,12 @@ from robodual.serving.metrics import Metrics
 from robodual.serving.readiness import Readiness
 from robodual.serving.settings import is_loopback
 from robodual_client import wire
+
+# Seconds that a connection may be without a whole request. A little more than uvicorn waits after an answer, where it
+# parts in order.
+PATIENCE = 6.0
+REQUESTS = 64  # at a time, beside probes
+PROBES = ("/healthz", "/readyz")
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,49 @@ def _is_rebound(request: Request) -> bool:
     return is_loopback(own[0]) and not is_loopback(urlsplit(f"//{request.headers.get('host', '')}").hostname or "")
 
 
+def _limited(app: ASGIApp) -> ASGIApp:
+    """`app` for so many requests at a time; uvicorn's own limit counts connections, those without a request too."""
+    running = 0
+
+    async def limited(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal running
+        if running >= REQUESTS and scope["path"] not in PROBES:
+            refusal = PlainTextResponse(f"{REQUESTS} requests are being answered, no more may be; try again", 503)
+            return await refusal(scope, receive, send)
+        running += 1
+        try:
+            return await app(scope, receive, send)
+        finally:
+            running -= 1
+
+    return limited
+
+
+class _Protocol(H11Protocol):
+    """Ends a connection that brings no request in time, its first or the next; uvicorn waits as long as bytes come."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._waiting = self._wait()
+
+    def on_response_complete(self) -> None:
+        self._waiting.cancel()
+        self._waiting = self._wait()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._waiting.cancel()
+        super().connection_lost(exc)
+
+    def _wait(self) -> asyncio.TimerHandle:
+        return self.loop.call_later(PATIENCE, self._end, self.cycle)
+
+    def _end(self, latest: object) -> None:
+        # A request in progress, an event stream say, has a cycle of its own.
+        if self.cycle is latest:
+            self.transport.abort()
+
+
 class HttpServer:
     """Uvicorn in the event loop that is running, on a socket that is bound from the start."""
 
@@ -137,13 +189,13 @@ class HttpServer:
             raise OSError(error.errno, f"http_port: cannot listen on {host}:{port}: {error.strerror}") from error
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(
-            app,
+            _limited(app),
+            http=_Protocol,
             log_config=None,
             access_log=False,
             lifespan="off",
             server_header=False,
             ws="none",
-            limit_concurrency=64,
             timeout_graceful_shutdown=1,
             ssl_certfile=certificate,
             ssl_keyfile=key,
