@@ -147,6 +147,22 @@ async def test_a_closed_session_is_forgotten(replica: Replica, store: Store) -> 
     assert code == grpc.StatusCode.NOT_FOUND
 
 
+async def test_a_few_requests_of_a_session_wait_for_the_one_before_and_no_more(replica: Replica, store: Store) -> None:
+    await replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=1))
+    calls = [replica.stub.Act(act("robot", 0, min_conditioning=version(1, 0)), timeout=20) for _ in range(6)]
+    refused, waiting = await asyncio.wait(map(asyncio.ensure_future, calls), return_when=asyncio.FIRST_COMPLETED)
+    (one_more,) = refused
+    code, message = await status(one_more)
+    assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert message == "session_id: 4 requests of this session wait already; send the next when one is answered"
+    await opened(replica, store, session="another")
+    await drive(replica, range(1), session="another")
+    await store.put("robot", conditioning(1, 0))
+    answers = await asyncio.gather(*waiting)
+    assert all(answer == answers[0] for answer in answers)
+    await drive(replica, range(1, 2))
+
+
 async def test_a_stream_answers_in_order_and_like_single_calls(replica: Replica, store: Store) -> None:
     await opened(replica, store, "single", seed=3)
     await opened(replica, store, "stream", seed=3)

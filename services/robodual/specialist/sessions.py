@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from robodual.specialist.engine import Features, Projected
 from robodual.specialist.view import View
 from robodual_client import wire
 
+WAITING = 4  # requests of a session behind the one in progress: a client may repeat one whose answer was lost
 KEPT = 2  # conditionings a session: one may be of a frame that its steps have not reached
 NEVER = Version(-1, -1)
 
@@ -44,6 +46,25 @@ class Conditioned:
     at: float = field(default_factory=time.perf_counter)  # when that was done
 
 
+class Turns(asyncio.Lock):
+    """One request of a session at a time. A few may wait, with their frames in memory; beyond, `ResourceExhausted`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting = 0
+
+    async def acquire(self) -> Literal[True]:
+        if self._waiting >= WAITING:
+            raise ResourceExhausted(
+                f"session_id: {WAITING} requests of this session wait already; send the next when one is answered"
+            )
+        self._waiting += 1
+        try:
+            return await super().acquire()
+        finally:
+            self._waiting -= 1
+
+
 class Session:
     """One robot's state: its episode, the control loop, the previous frame's features, the latest conditionings.
 
@@ -54,7 +75,7 @@ class Session:
         self.identity = identity
         self.owner = owner
         self.engine = engine  # its number among the service's
-        self.lock = asyncio.Lock()  # steps of a session are serial
+        self.lock = Turns()
         self.fetching = asyncio.Lock()
         self.arrived = asyncio.Event()
         self.used_at = time.monotonic()
