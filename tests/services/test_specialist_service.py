@@ -163,6 +163,20 @@ async def test_a_few_requests_of_a_session_wait_for_the_one_before_and_no_more(r
     await drive(replica, range(1, 2))
 
 
+async def test_a_reset_that_waited_while_its_session_was_closed_is_refused(
+    specialist_engine: SpecialistEngine, url: str
+) -> None:
+    async with specialist(specialist_engine, url, max_wait=1.0) as replica:
+        await replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=1))
+        acting = replica.stub.Act(act("robot", 0, min_conditioning=version(1, 0)))
+        await asyncio.sleep(0.2)
+        waiting = replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=2))
+        await asyncio.sleep(0.2)
+        assert (await replica.stub.Close(wire.CloseRequest(session_id="robot"))).was_open
+        assert (await status(acting))[0] == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert await status(waiting) == (grpc.StatusCode.NOT_FOUND, "session_id: robot was closed")
+
+
 async def test_a_stream_answers_in_order_and_like_single_calls(replica: Replica, store: Store) -> None:
     await opened(replica, store, "single", seed=3)
     await opened(replica, store, "stream", seed=3)

@@ -112,6 +112,7 @@ class SpecialistService:
         window = observation.window(request.reference_window, "reference_window")
         session = self._sessions.open(identity, auth.owner())
         async with session.lock:
+            self._check_open(session)
             episode, step = session.progress
             if request.episode < episode:
                 raise FailedPrecondition(f"episode: the session is at episode {episode}, after {request.episode}")
@@ -155,8 +156,7 @@ class SpecialistService:
         if session is None:
             raise NotFound(f"session_id: {identity} is not open here; call Reset, or send the recovery state")
         async with session.lock:
-            if self._sessions.find(identity) is not session:
-                raise NotFound(f"session_id: {identity} was closed")
+            self._check_open(session)
             looked = False
             if resumption is not None and (resumption.episode, resumption.step) > session.progress:
                 r = resumption
@@ -224,6 +224,10 @@ class SpecialistService:
             self._metrics.degraded.inc()
         if session.answer is answer and answer.step < fields.LAST:
             session.prepare(answer.step + 1)
+
+    def _check_open(self, session: Session) -> None:
+        if self._sessions.find(session.identity) is not session:
+            raise NotFound(f"session_id: {session.identity} was closed")
 
     def _check_order(self, session: Session, request: wire.ActRequest) -> None:
         episode, step = session.progress
