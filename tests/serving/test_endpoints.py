@@ -1,7 +1,9 @@
 """A service's endpoints: tokens, health, readiness, reflection and the HTTP side, with a servicer of no model."""
 
 import asyncio
+import gc
 import logging
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -273,3 +275,33 @@ async def test_bytes_that_are_no_request_are_refused_and_not_an_error_of_ours(
             assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert (await stub.Act(wire.ActRequest(step=1))).step == 1
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_a_call_that_has_ended_badly_keeps_no_message(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    size = 2**20
+    request = wire.ActRequest(step=13, observation={"rgb_static": {"data": bytes(size)}})
+    unreadable = b"\xff" * size
+    async with started() as server, channel_to(server) as channel:
+        stub = rpc.Stub(channel, rpc.SPECIALIST)
+        # Without the collections that would clear away what gRPC's references to itself keep.
+        gc.disable()
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            for message in [request, unreadable] * 10:
+                stream = stub.ActStream()
+                await stream.write(unreadable)
+                for call in (stub.Act(message), stream.read()):
+                    with pytest.raises(grpc.aio.AioRpcError):
+                        await call
+                given_up = stub.ActStream()
+                await given_up.write(wire.ActRequest(observation=request.observation))
+                await given_up.read()
+                given_up.cancel()
+            await asyncio.sleep(0.1)
+            after, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+    assert after - before < 10 * size

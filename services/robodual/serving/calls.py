@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -68,6 +68,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     self._given_up(method, context)
                     raise
                 except Exception as error:
+                    # gRPC keeps what `abort` raises, and with it this frame, until a garbage collection.
+                    del request
                     await self._abort(method, error, context)
                 else:
                     self._metrics.request(method, "OK").inc()
@@ -79,9 +81,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, method: str, answers: Callable[[Any, Any], AsyncIterator[Any]], parse: Parse | None
     ) -> Callable[[Any, Any], AsyncIterator[Any]]:
         async def guarded(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
+            messages = _Messages(requests, parse)
             with self._counted():
                 try:
-                    async for response in answers(_Messages(requests, parse), context):
+                    async for response in answers(messages, context):
                         yield response
                         # Only now: it is on its way.
                         self._metrics.request(method, "OK").inc()
@@ -90,6 +93,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     raise
                 except Exception as error:
                     await self._abort(method, error, context)
+                finally:
+                    await messages.close()
 
         return guarded
 
@@ -113,6 +118,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             code, message = grpc.StatusCode.INTERNAL, f"internal error {identity}; the service's log has the details"
             logger.error("failed", method=method, error_id=identity, exc_info=error)
         self._count(method, code, message)
+        # Nor are the frames that held the request to be kept.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         await context.abort(code, message)
 
     def _given_up(self, method: str, context: Any) -> None:
@@ -141,6 +148,11 @@ class _Messages:
 
     async def __anext__(self) -> Any:
         return _parsed(await anext(self._requests), self._parse)
+
+    async def close(self) -> None:
+        """Lets go of the latest, which gRPC's reader and its generator, each holding the other, keep as well."""
+        if isinstance(self._requests, AsyncGenerator):
+            await self._requests.aclose()
 
 
 def _parsed(request: bytes, parse: Parse | None) -> Any:
