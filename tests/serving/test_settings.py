@@ -1,6 +1,8 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 from pydantic import ValidationError
 
 from robodual.serving.settings import GeneralistSettings, Settings, SpecialistSettings
@@ -107,16 +109,51 @@ def test_half_of_a_pair_is_refused(kind: str) -> None:
         GeneralistSettings(**{f"{kind}_certificate": Path("certificate.pem")})  # type: ignore[arg-type]
 
 
-def test_files_without_the_tls_that_they_are_for_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "ca.pem").touch()
+def test_files_without_the_tls_that_they_are_for_are_refused(certificates: Path) -> None:
     with pytest.raises(ValidationError, match="tls_client_ca: needs tls_certificate"):
-        GeneralistSettings(tls_client_ca=tmp_path / "ca.pem")
+        GeneralistSettings(tls_client_ca=certificates / "ca.pem")
     with pytest.raises(ValidationError, match="redis_ca and redis_certificate: need a redis_url"):
-        GeneralistSettings(redis_ca=tmp_path / "ca.pem")
-    GeneralistSettings(redis_ca=tmp_path / "ca.pem", redis_url="rediss://redis.lab:6379/0")  # type: ignore[arg-type]
+        GeneralistSettings(redis_ca=certificates / "ca.pem")
+    GeneralistSettings(redis_ca=certificates / "ca.pem", redis_url="rediss://redis.lab:6379/0")  # type: ignore[arg-type]
 
 
 def test_a_tls_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "certificate.pem").touch()
     with pytest.raises(ValidationError, match=r"tls_key: .*absent\.key is no file"):
         GeneralistSettings(tls_certificate=tmp_path / "certificate.pem", tls_key=tmp_path / "absent.key")
+
+
+@pytest.mark.parametrize("kind", ["tls", "redis"])
+@pytest.mark.parametrize(
+    "damage", ["", "no certificate", "-----BEGIN CERTIFICATE-----\nabc\n-----END CERTIFICATE-----\n"]
+)
+def test_a_certificate_key_or_authority_that_is_no_good_is_named(
+    kind: str, damage: str, certificates: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.write_text(damage)
+    authority = {"tls": "tls_client_ca", "redis": "redis_ca"}[kind]
+    good: dict[str, Any] = {
+        f"{kind}_certificate": certificates / "server.pem",
+        f"{kind}_key": certificates / "server.key",
+        authority: certificates / "ca.pem",
+        "redis_url": "rediss://redis.lab:6379/0",
+    }
+    SpecialistSettings(**good)
+    for name, expected in (
+        (f"{kind}_certificate", "expected certificates in PEM"),
+        (f"{kind}_key", f"expected the private key of {certificates}/server.pem in PEM"),
+        (authority, "expected certificates in PEM"),
+    ):
+        with pytest.raises(ValidationError, match=f"{name}: {damaged}: {expected}"):
+            SpecialistSettings(**(good | {name: damaged}))
+
+
+def test_a_key_of_another_certificate_or_behind_a_password_is_named(certificates: Path, tmp_path: Path) -> None:
+    key = serialization.load_pem_private_key((certificates / "server.key").read_bytes(), None)
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    encrypted = tmp_path / "encrypted.key"
+    encrypted.write_bytes(key.private_bytes(*form, serialization.BestAvailableEncryption(b"a password")))
+    for other, reason in ((certificates / "client.key", "key values mismatch"), (encrypted, "not encrypted")):
+        with pytest.raises(ValidationError, match=f"tls_key: {other}: expected the private key of .*{reason}"):
+            SpecialistSettings(tls_certificate=certificates / "server.pem", tls_key=other)

@@ -22,7 +22,7 @@ from pydantic_settings import (
 )
 
 from robodual.images import Strategy
-from robodual.serving import settings_file, tokens
+from robodual.serving import certificates, settings_file, tokens
 
 SHARED_PREFIX = "ROBODUAL_"
 # Variables of the client, of compose, of the tests and of each service, which are not shared settings.
@@ -133,6 +133,18 @@ class Settings(BaseSettings):
                 f"host: {self.host} can be reached from other machines; set tokens (ROBODUAL_TOKENS or "
                 "ROBODUAL_TOKENS_FILE), or insecure=true to serve anyone"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_certificates(self) -> Settings:
+        for name in ("tls_certificate", "tls_client_ca", "redis_ca", "redis_certificate"):
+            path: Path | None = getattr(self, name)
+            if path is not None:
+                certificates.check(name, path)
+        for kind in ("tls", "redis"):
+            certificate, key = getattr(self, f"{kind}_certificate"), getattr(self, f"{kind}_key")
+            if certificate is not None and key is not None:
+                certificates.check_key(f"{kind}_key", key, certificate)
         return self
 
     @classmethod
