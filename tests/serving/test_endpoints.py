@@ -6,6 +6,7 @@ import logging
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -127,6 +128,15 @@ async def test_http_asks_for_the_same_token_but_not_for_health() -> None:
         assert (await http(server, "/healthz")).json() == {"status": "ok"}
         assert (await http(server, "/readyz")).status_code == 503
         assert (await http(server, "/docs")).status_code == 404
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="needs IPv6")
+async def test_without_tokens_another_sites_name_for_this_machine_does_not_open_through_ipv6_either() -> None:
+    async with started(host="::", insecure=True) as server:
+        for own in ("127.0.0.1", "[::1]"):
+            async with httpx.AsyncClient(base_url=f"http://{own}:{server.http_port}", trust_env=False) as client:
+                assert (await client.get("/info", headers={"Host": "evil.example"})).status_code == 403
+                assert (await client.get("/info")).status_code == 200
 
 
 async def test_readiness_means_what_it_says_on_both_sides() -> None:

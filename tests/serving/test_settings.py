@@ -73,7 +73,7 @@ def test_other_machines_are_served_only_with_a_token(host: str) -> None:
     GeneralistSettings(host=host, insecure=True)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1", "localhost"])
 def test_loopback_needs_no_token(host: str) -> None:
     assert GeneralistSettings(host=host).tokens == ()
 

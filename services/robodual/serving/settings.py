@@ -216,7 +216,9 @@ TABLES = {kind.service: kind for kind in (Settings, GeneralistSettings, Speciali
 def is_loopback(host: str) -> bool:
     """Whether `host`, an address or a name, stands for this machine alone."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        # Where IPv6 takes IPv4 in, 127.0.0.1 is ::ffff:127.0.0.1, which counts as loopback from Python 3.13 on only.
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     except ValueError:
         return host == "localhost"
 
