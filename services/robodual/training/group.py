@@ -68,5 +68,8 @@ def joined(device: str = "auto") -> Iterator[Group]:
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:
+    """With its number on CUDA, which `set_device` and DistributedDataParallel ask for."""
     device = choose(name)
-    return device if local_rank is None or device.type != "cuda" else choose(f"cuda:{local_rank}")
+    if device.type != "cuda":
+        return device
+    return choose(f"cuda:{device.index or 0 if local_rank is None else local_rank}")
