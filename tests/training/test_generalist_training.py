@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from calvin_data import write_split
+from peft.tuners.lora import Linear as LoraLinear
 from tiny import SOURCE, data, settings
+from torch import Tensor
 
+from robodual.facts import CheckpointError
 from robodual.generalist.checkpoint import read_checkpoint, save_checkpoint
 from robodual.generalist.engine import load_generalist
 from robodual.generalist.model import build
@@ -61,6 +65,39 @@ def test_adapter_and_merged_weights_are_served_alike(split: Path, base: Path, tm
     assert any("language_model" in name for name in moved)
     assert any("vision_backbone" in name for name in moved)
     assert "projector.fc1" in moved
+
+
+def test_merging_holds_one_layers_product_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_generalist("tiny", device="cpu")
+    learner = GeneralistLearner(engine.model, engine.processor.tokenizer, lora=Lora(2), constrained=True)
+    multiply, alive, most = LoraLinear.get_delta_weight, weakref.WeakSet[Tensor](), 0
+
+    def watched(layer: LoraLinear, adapter: str) -> Tensor:
+        nonlocal most
+        product = multiply(layer, adapter)
+        alive.add(product)
+        most = max(most, len(alive))
+        return product
+
+    monkeypatch.setattr(LoraLinear, "get_delta_weight", watched)
+    learner.merge({})
+    assert most == 1
+
+
+def test_no_memory_to_merge_in_costs_that_checkpoint_alone(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(layer: LoraLinear, adapter: str) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def report(shown: Report) -> None:
+        if shown.step == 3:
+            monkeypatch.setattr(LoraLinear, "get_delta_weight", full)
+
+    with pytest.raises(CheckpointError, match=r"step-00000006: could not be written \(CUDA out .* free some memory"):
+        train_generalist(SOURCE, data(split), LORA, settings(tmp_path, 6, save_steps=2), report=report)
+    assert "the training goes on, the newest checkpoint is of step 2" in caplog.text
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 @pytest.mark.parametrize("options", [LORA, GeneralistOptions(use_lora=False)], ids=["lora", "all weights"])

@@ -127,7 +127,8 @@ class Folder:
             export: writes the weights to be served into the folder that it is given
 
         Raises:
-            CheckpointError: if it could not be written (a full disk); the checkpoints before it are as they were.
+            CheckpointError: if it could not be written (a full disk, or no memory on the GPU to merge in); the
+                checkpoints before it are as they were.
         """
         final = self.path / name_of(step)
         partial = self.path / f".{final.name}.partial"
@@ -142,10 +143,11 @@ class Folder:
                 shutil.rmtree(final)
             partial.rename(final)
             _sync_folder(self.path)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, torch.OutOfMemoryError) as error:
             shutil.rmtree(partial, ignore_errors=True)
+            short = "memory" if isinstance(error, torch.OutOfMemoryError) else "space"
             raise CheckpointError(
-                f"{final}: could not be written ({error}); free some space, nothing was lost"
+                f"{final}: could not be written ({error}); free some {short}, nothing was lost"
             ) from error
         for old in self.checkpoints()[: -self.keep]:
             shutil.rmtree(old)

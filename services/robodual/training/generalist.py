@@ -143,18 +143,18 @@ class GeneralistLearner(Learner[Prompts]):
 
         trained: whole values for weights that may be spread over processes
         """
-        deltas = {
-            f"{name}.weight": module.get_delta_weight("default")
-            for name, module in self.model.named_modules()
-            if isinstance(module, LoraLinear)
+        adapted = {
+            f"{name}.weight": module for name, module in self.model.named_modules() if isinstance(module, LoraLinear)
         }
         state = {}
         for name, value in self.model.state_dict().items():
             if ".lora_" in name:
                 continue
             plain = name.replace(".base_layer.", ".")
-            delta = deltas.get(plain)
-            merged = trained.get(name, value) if delta is None else value + delta.to(value.dtype)
+            if plain in adapted:  # one layer's product at a time: all of them in float32 are twice the weights
+                merged = value + adapted[plain].get_delta_weight("default").to(value.dtype)
+            else:
+                merged = trained.get(name, value)
             state[plain] = merged.detach().cpu()
         model = build(self.model.config, attention="sdpa", dtype=self.model.dtype)
         model.load_state_dict(state, assign=True)
