@@ -296,8 +296,8 @@ def _save(
     *,
     final: bool = False,
 ) -> int:
-    """Saves from the leading process while the others wait. Returns the step of the newest checkpoint."""
-    failure: CheckpointError | None = None
+    """Saves from the leading process while the others wait. Returns the step of the newest checkpoint, on all alike."""
+    failure = ""  # the text alone: the error's traceback would keep what was being saved in memory
     state = progress.tensors(keep=group.leads)
     if group.leads:
         kind = "average." if progress.average is not None else "parameter."
@@ -305,13 +305,13 @@ def _save(
         try:
             folder.save(step, state, saved, lambda path: learner.export(path, trained))
         except CheckpointError as error:
-            failure = error
-    group.wait()
-    if failure is None:
+            failure = str(error)
+    if not group.any(bool(failure)):
         return step
     if final:
-        raise failure
-    log.error("%s; the training goes on, the newest checkpoint is of step %d", failure, last_saved)
+        raise CheckpointError(failure or f"{folder.path / name_of(step)}: the leading process could not write it")
+    if group.leads:
+        log.error("%s; the training goes on, the newest checkpoint is of step %d", failure, last_saved)
     return last_saved
 
 
