@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ from robodual.training.loop import Report
 
 LOG = "log.jsonl"
 
+log = logging.getLogger(__name__)
+
 
 class Display:
-    """Takes reports on the leading process."""
+    """Takes reports on the leading process. A log that cannot be written (a full disk) is said once; nothing ends."""
 
     def __init__(self, output: Path, max_steps: int, console: Console, wandb: str | None = None) -> None:
         self.path = output / LOG
+        self.faults: set[Path] = set()
         self.bar = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"),
             TimeRemainingColumn(), TextColumn("{task.description}"), console=console,
@@ -32,7 +37,9 @@ class Display:
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(output / "tensorboard"))
+            self.events = output / "tensorboard"
+            with self._spared(self.events):
+                self.board = SummaryWriter(str(self.events))
         else:
             console.print("TensorBoard's files are not written: pip install 'robodual[train]'")
         self.run: Any = None
@@ -57,24 +64,47 @@ class Display:
         text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
         self.bar.start_task(self.line)
         self.bar.update(self.line, completed=report.step, description=text)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": report.step, **values}) + "\n")
+        with self._spared(self.path):
+            _append(self.path, json.dumps({"step": report.step, **values}) + "\n")
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, report.step)
+            with self._spared(self.events):
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, report.step)
         if self.run is not None:
             self.run.log(values, step=report.step)
 
     def close(self) -> None:
         if self.board is not None:
-            self.board.close()
+            with self._spared(self.events):
+                self.board.close()
         if self.run is not None:
             self.run.finish()
+
+    @contextmanager
+    def _spared(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if path not in self.faults:
+                log.error("%s: could not be written (%s); the training goes on without it", path, error)
+            self.faults.add(path)
 
     def caching(self, done: int, of: int) -> None:
         """Shows how many spans' conditionings are on the disk."""
         self.bar.update(self.line, description=f"conditioning cache: {done} of {of} spans")
+
+
+def _append(path: Path, line: str) -> None:
+    """A whole line, or nothing of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(line)
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 @contextmanager
