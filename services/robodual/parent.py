@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
-def end_with_parent() -> None:
-    """Has the system send this process SIGTERM when its parent has gone. On Linux; elsewhere nothing."""
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Has the system send this process a signal when its parent has gone. On Linux; elsewhere nothing."""
     if sys.platform != "linux":
         return
     import ctypes
-    import signal
 
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from robodual.facts import CheckpointError
+from robodual.parent import end_with_parent
 from robodual.training.average import Average
 from robodual.training.checkpoint import STATE, Folder, Progress, name_of, read_settings
 from robodual.training.dataset import Sample
@@ -85,6 +86,8 @@ class Settings:
 
 # A run may be resumed with other values of these: they change no result.
 FREE = {"output", "save_steps", "keep", "num_workers", "log_steps", "eval_every", "fsdp"}
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -223,12 +226,20 @@ def _batches(
         collate_fn=collate,
         num_workers=settings.num_workers,
         prefetch_factor=4 if settings.num_workers else None,
+        worker_init_fn=_unstopped,
         # Of its own, so that the seed it draws for its workers does not touch the global generator.
         generator=torch.Generator().manual_seed(settings.seed),
     )
     batch: B
     for batch in loader:
         yield batch.to(group.device)
+
+
+def _unstopped(worker: int) -> None:
+    """Signals often go to a whole process group (Ctrl-C, Slurm): workers read on until the training has saved."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
 
 
 def _accumulate(
@@ -260,17 +271,16 @@ def _seed(seed: int, step: int, rank: int) -> None:
 
 @contextlib.contextmanager
 def _stopping() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that the step in progress is finished and saved."""
+    """An event that the signals set, so that the step in progress is finished and saved."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
+    before = [signal.signal(number, lambda *_: stop.set()) for number in STOPPING]
     try:
         yield stop
     finally:
-        for number, handler in zip(signals, before):
+        for number, handler in zip(STOPPING, before):
             signal.signal(number, handler)
 
 
