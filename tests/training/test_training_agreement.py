@@ -5,14 +5,17 @@ from __future__ import annotations
 import faulthandler
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -94,3 +97,24 @@ def test_a_failed_save_is_known_to_all(tmp_path: Path) -> None:
     assert other[:2] == (6, [])
     assert "No space left on device" in leading[2]
     assert "the leading process could not write it" in other[2]
+
+
+def be_late(group: Group) -> tuple[bool, str]:
+    """The leading process comes to each meeting later than the default group waits, as from a long evaluation."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5))
+    for meet in (group.wait, lambda: group.any(group.leads)):
+        time.sleep(1.0 if group.leads else 0.0)
+        found = meet()
+    time.sleep(1.0 if group.leads else 0.0)
+    try:
+        group.mean(torch.zeros(1))
+    except RuntimeError as error:
+        return bool(found), str(error)
+    return bool(found), ""
+
+
+def test_processes_wait_for_one_another_longer_than_for_a_hang(tmp_path: Path) -> None:
+    leading, other = in_two_processes(be_late)
+    assert leading[0]
+    assert other[0]
+    assert "imed out" in other[1]

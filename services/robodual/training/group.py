@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,14 +14,22 @@ from torch import Tensor
 
 from robodual.device import choose
 
+# How long processes wait for the one that saves or evaluates, which can take hours. NCCL takes 10 minutes for a hang.
+PATIENCE = timedelta(days=7)
+
 
 @dataclass(frozen=True)
 class Group:
-    """This process's place among `size`, and the device it works on."""
+    """This process's place among `size`, and the device it works on.
+
+    What the processes agree on goes over `hosts` (gloo), which has `PATIENCE`; what they compute goes over the default
+    group, which ends when one of them hangs.
+    """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def leads(self) -> bool:
@@ -36,12 +45,16 @@ class Group:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
-        return flag if self.size == 1 else bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, self.hosts)
+        return bool(flags)
 
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.hosts)
 
 
 @contextmanager
@@ -62,7 +75,7 @@ def joined(device: str = "auto") -> Iterator[Group]:
         return
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
-        yield Group(place, rank, size)
+        yield Group(place, rank, size, dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
         dist.destroy_process_group()
 
