@@ -24,7 +24,7 @@ from robodual.training.dataset import CalvinDataset
 from robodual.training.frame_cache import FrameCache, build
 from robodual.training.loop import Report
 from robodual.training.recording import Recording
-from robodual.training.runs import train_specialist
+from robodual.training.runs import GeneralistOptions, train_generalist, train_specialist
 
 SIZE = 32
 CONFIG = replace(SpecialistConfig.toy(), image_size=SIZE, with_tactile=True, tactile_size=SIZE)
@@ -72,6 +72,19 @@ def test_training_from_a_cache_is_training_from_the_files(split: Path, tmp_path:
         train_specialist(SOURCE, data(split, frames=frames), SPECIALIST, settings(output, 3), report=reports.append)
         losses.append([shown.loss for shown in reports])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # depth is kept to a tenth of a millimetre
+
+
+def test_frames_of_another_size_or_strategy_train_nothing(split: Path, tmp_path: Path) -> None:
+    build(split, tmp_path / "both", size=56)  # the tiny generalist's, and not the tiny specialist's
+    build(split, tmp_path / "boxed", size=56, strategy="letterbox")
+    values = settings(tmp_path / "run", 1)
+    with pytest.raises(
+        DatasetError, match=r"holds frames of 56 pixels \(resize-naive\), expected the models' 32 and 56"
+    ):
+        train_specialist(SOURCE, data(split, frames=tmp_path / "both"), SPECIALIST, values)
+    with pytest.raises(DatasetError, match=r"56 pixels \(letterbox\), expected the models' 56 \(resize-naive\); run"):
+        train_generalist(SOURCE, data(split, frames=tmp_path / "boxed"), GeneralistOptions(), values)
+    train_generalist(SOURCE, data(split, frames=tmp_path / "both"), GeneralistOptions(), values)
 
 
 def test_an_interrupted_cache_is_refused_and_goes_on(split: Path, tmp_path: Path) -> None:

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from calvin_data import write_split
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import SOURCE, SPECIALIST, TINY, data, settings
 
 from robodual.facts import CheckpointError, hash_state_dict
+from robodual.specialist.checkpoint import save
 from robodual.specialist.engine import load_specialist
+from robodual.specialist.policy import Policy
 from robodual.training.annotations import DatasetError
+from robodual.training.frame_cache import build
 from robodual.training.loop import Report
 from robodual.training.runs import SpecialistOptions, train_specialist
 
@@ -148,6 +151,30 @@ def test_what_does_not_fit_together_is_one_line(split: Path, tmp_path: Path, who
         )
     with pytest.raises(DatasetError, match="fewer than one global batch of 64"):
         train_specialist(SOURCE, data(split), SPECIALIST, settings(tmp_path, 1, batch_size=64))
+
+
+def test_other_frozen_weights_or_frames_do_not_resume_a_training(split: Path, tmp_path: Path) -> None:
+    for number in (0, 1):
+        policy = Policy(TINY.specialist).initialize(number)
+        save(policy, tmp_path / f"specialist-{number}.safetensors")
+        save_file(policy.vision_encoder.state_dict(), tmp_path / f"dino-{number}.safetensors")
+    build(split, tmp_path / "frames")
+    plain, first = data(split), SpecialistOptions(vision_weights=tmp_path / "dino-0.safetensors")
+    output = settings(tmp_path / "run", 1)
+    train_specialist(SOURCE, plain, first, output)
+    assert train_specialist(SOURCE, plain, first, output, resume=True) == 1
+    for options, folder, name in (
+        (replace(first, vision_weights=tmp_path / "dino-1.safetensors"), plain, "vision_weights was '"),
+        (SpecialistOptions(start=tmp_path / "specialist-0.safetensors"), plain, "starting_specialist was None"),
+        (first, data(split, frames=tmp_path / "frames"), "frames was None and is 'as recorded'"),
+    ):
+        with pytest.raises(CheckpointError, match=name):
+            train_specialist(SOURCE, folder, options, output, resume=True)
+    again = settings(tmp_path / "second", 1)
+    one, other = (SpecialistOptions(start=tmp_path / f"specialist-{number}.safetensors") for number in (0, 1))
+    train_specialist(SOURCE, plain, one, again)
+    with pytest.raises(CheckpointError, match="starting_specialist was '"):
+        train_specialist(SOURCE, plain, other, again, resume=True)
 
 
 def test_settings_are_saved_beside_the_weights(whole: tuple[Path, list[Report]]) -> None:

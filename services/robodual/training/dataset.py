@@ -86,7 +86,7 @@ class CalvinDataset(Dataset[Sample]):
         self.recording = Recording(split)
         self.stride = stride
         self.scene = scene
-        self._source = self.recording if frames is None else FrameCache(frames, self.recording)
+        self.frames = None if frames is None else FrameCache(frames, self.recording)
         self.sensors = frozenset(sensors)
         self.shifts = max(chunk, 1)
         self.seed = seed
@@ -143,8 +143,9 @@ class CalvinDataset(Dataset[Sample]):
         wanted[window.current] |= {"robot_obs", "rgb_static", *(self.sensors - {"proprio"})}
         if self.scene:
             wanted[window.current].add("scene_obs")
+        source = self.recording if self.frames is None else self.frames
         try:
-            steps = {step: self._source.read(step, names) for step, names in wanted.items()}
+            steps = {step: source.read(step, names) for step, names in wanted.items()}
         except FileNotFoundError as error:
             raise DatasetError(f"{error.filename}: no such step, and it was there before; copy it again") from None
         actions = np.stack([steps[step]["rel_actions"] for step in window.steps]).astype(np.float32)

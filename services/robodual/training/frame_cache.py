@@ -66,6 +66,16 @@ class FrameCache:
         """Each process maps the arrays for itself."""
         return {**self.__dict__, "_arrays": {}}
 
+    def check(self, strategy: Strategy, *sizes: int) -> None:
+        """Raises DatasetError unless models of these image sizes see what they would see of the recording."""
+        held = self.contents
+        if held.size is not None and (held.strategy, {held.size}) != (strategy, set(sizes)):
+            wanted = " and ".join(map(str, sorted(set(sizes))))
+            raise DatasetError(
+                f"{self.folder}: holds frames of {held.size} pixels ({held.strategy}), expected the models' {wanted} "
+                f"({strategy}); run `robodual data cache` for those, or without --size for all, into another folder"
+            )
+
     def read(self, step: int, names: Collection[str]) -> dict[str, npt.NDArray[Any]]:
         """The named arrays of a step.
 

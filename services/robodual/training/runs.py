@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robodual.facts import CheckpointError
+from robodual.facts import CheckpointError, hash_state_dict
 from robodual.generalist.engine import GeneralistEngine, load_generalist
-from robodual.images import Strategy
 from robodual.profiles import PROFILES
 from robodual.specialist import checkpoint as specialist_checkpoint
 from robodual.specialist.denoiser import ATTENTION_DROPOUT
@@ -71,6 +70,7 @@ class Data:
             "enriched": dataset.enriched,
             "image_aug": self.image_aug,
             "window_stride": self.window_stride,
+            "frames": None if dataset.frames is None else asdict(dataset.frames.contents)["size"] or "as recorded",
         }
 
 
@@ -156,6 +156,9 @@ def train_specialist(
         policy = _policy(source.profile, engine.width, options, settings.seed).to(group.device)
         dataset = data.open(settings.seed, policy.config.sensors, chunk=8, scene=options.scene_weight > 0)
         facts = {"generalist": engine.facts.checkpoint, "conditioning": options.conditioning}
+        images = engine.model.config.images
+        if dataset.frames is not None:
+            dataset.frames.check(images.strategy, images.size, policy.config.image_size)
         cache = None
         if options.cache_conditioning is not None:
             cache = ConditioningCache(options.cache_conditioning, dataset)
@@ -163,8 +166,7 @@ def train_specialist(
             described = {**facts, "data": f"{len(dataset)} windows of {data.folder.name}", "seed": str(settings.seed)}
             cache.fill(look, conditioner, engine.processor, group, described, progress=caching)
         # Frames are prepared by the data loader's workers, so on the CPU.
-        strategy: Strategy = engine.model.config.images.strategy
-        preparation = Preparation(policy.config, strategy, torch.device("cpu"), torch.float32)
+        preparation = Preparation(policy.config, images.strategy, torch.device("cpu"), torch.float32)
         collate = SpecialistCollate(
             preparation, engine.processor, settings.seed, options.cond_drop_chance, cache, options.noise_draws
         )
@@ -191,6 +193,7 @@ def train_specialist(
             **facts,
             **data.described(dataset),
             "specialist": asdict(policy.config),
+            **_start(policy, options),
             "cond_drop_chance": options.cond_drop_chance,
             "noise_draws": options.noise_draws,
             "attention_dropout": options.attention_dropout,
@@ -270,6 +273,15 @@ def _policy(profile: str, context_width: int, options: SpecialistOptions, seed: 
     return policy
 
 
+def _start(policy: Policy, options: SpecialistOptions) -> dict[str, str | None]:
+    """The hashes of the files that a specialist starts from, before its first step."""
+    whole, colour = options.start, options.vision_weights if options.start is None else None
+    return {
+        "starting_specialist": None if whole is None else hash_state_dict(policy),
+        "vision_weights": None if colour is None else hash_state_dict(policy.vision_encoder),
+    }
+
+
 def train_generalist(
     source: Source,
     data: Data,
@@ -292,6 +304,9 @@ def train_generalist(
         settings = replace(settings, bf16=_bf16(settings, group), max_grad_norm=math.inf)
         engine = source.load(group, settings.seed, dtype="auto" if options.use_lora else "float32")
         dataset = data.open(settings.seed, ("rgb_static",), chunk=0)
+        images = engine.model.config.images
+        if dataset.frames is not None:
+            dataset.frames.check(images.strategy, images.size)
         learner = _generalist_learner(engine, source, options, settings.seed).to(group.device)
         described = {
             **data.described(dataset),
