@@ -49,6 +49,8 @@ def test_adapter_and_merged_weights_are_served_alike(split: Path, base: Path, tm
     assert reports[-1].loss < reports[0].loss
     assert set(reports[0].metrics) == {"action_accuracy", "action_l1"}
     checkpoint = tmp_path / "checkpoints" / "step-00000005"
+    permissions = {path.name: path.stat().st_mode for path in (checkpoint / "adapter").iterdir()}
+    assert permissions["adapter_model.safetensors"] == permissions["adapter_config.json"]
     merged = load_generalist("tiny", checkpoint=checkpoint / "generalist", device="cpu")
     adapted = load_generalist("tiny", checkpoint=base, adapters=[checkpoint / "adapter"], device="cpu")
     plain = load_generalist("tiny", checkpoint=base, device="cpu")

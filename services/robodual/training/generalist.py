@@ -133,6 +133,9 @@ class GeneralistLearner(Learner[Prompts]):
         """`adapter` as PEFT saves it (LoRA); `generalist` in the published format (all weights, or on request)."""
         if self.adapted is not None:
             self.adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
+            # Safetensors lets its owner alone read it, and a service may be another user (`tensor_file.write`).
+            mode = (folder / ADAPTER / "adapter_config.json").stat().st_mode
+            (folder / ADAPTER / "adapter_model.safetensors").chmod(mode)
         if self.adapted is None or self.merged:
             model = self.merge({name.removeprefix("model."): value for name, value in trained.items()})
             save_checkpoint(folder / MERGED, model, self.tokenizer)
