@@ -11,6 +11,8 @@ from tiny import SPECIALIST, data, settings
 from typer.testing import CliRunner
 
 from robodual.facts import CheckpointError
+from robodual.pair import Options, PairError
+from robodual.training import closed_loop, runs
 from robodual.training.closed_loop import ClosedLoop
 from robodual.training.generalist import ADAPTER, MERGED
 from robodual.training.loop import Report
@@ -71,6 +73,31 @@ def test_the_command_reports_to_its_log_tensorboard_and_wandb(
     assert lines[-1]["eval_average_length"] == 0
     assert list((tmp_path / "tensorboard").glob("events.*"))
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(("model", "merged"), [("generalist", "false"), ("specialist", "true")])
+def test_what_was_trained_on_a_quantised_base_is_evaluated_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, merged: str
+) -> None:
+    """A specialist's generalist is quantised with its adapters merged in; those of a generalist are trained beside."""
+    started: list[Options] = []
+
+    def start(options: Options) -> None:
+        started.append(options)
+        raise PairError("enough")
+
+    def trained(*arguments: object, evaluate: ClosedLoop, **options: object) -> None:
+        (tmp_path / "checkpoint" / ADAPTER).mkdir(parents=True)
+        evaluate(tmp_path / "checkpoint")
+
+    monkeypatch.setattr(closed_loop, "Pair", start)
+    monkeypatch.setattr(runs, f"train_{model}", trained)
+    (tmp_path / "given").mkdir()
+    flags = ["--generalist", "base", "--adapter", str(tmp_path / "given"), "--quantisation", "nf4"]
+    result = CliRunner().invoke(train, [model, str(tmp_path), *flags, "--output", str(tmp_path / "run")])
+    assert "eval_every: enough" in result.stderr
+    assert started[0].settings["ROBODUAL_GENERALIST_QUANTISATION"] == "nf4"
+    assert started[0].settings["ROBODUAL_GENERALIST_MERGE_ADAPTERS"] == merged
 
 
 def test_a_checkpoint_that_does_not_start_is_said_in_a_line(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class ClosedLoop:
     profile, device: of both services; where no weights are given, the profile's own
     generalist, adapters, specialist: names inside the checkpoint's folder, or else paths (or a hub id) as they are
     only: one half alone, as `robodual serve specialist --only` has it
+    quantisation: of the generalist; adapters that were trained on it stay beside it
     sequences, ep_len: how many, and the steps that each of their tasks may take
     """
 
@@ -33,6 +34,7 @@ class ClosedLoop:
     adapters: tuple[str, ...] = ()
     specialist: str | None = None
     only: str | None = None
+    quantisation: str = "none"
     sequences: int = 10
     ep_len: int = EPISODE_STEPS
     workers: int = 1
@@ -50,8 +52,13 @@ class ClosedLoop:
 
         halves = {"generalist": self.generalist, "specialist": self.specialist}
         settings = {"ROBODUAL_SPECIALIST_ONLY": self.only} if self.only else {}
-        if self.adapters:
-            settings["ROBODUAL_GENERALIST_ADAPTERS"] = ",".join(str(place(name)) for name in self.adapters)
+        adapters = [place(name) for name in self.adapters]
+        if adapters:
+            settings["ROBODUAL_GENERALIST_ADAPTERS"] = ",".join(map(str, adapters))
+        if self.quantisation != "none":
+            trained = any(folder.is_relative_to(checkpoint) for folder in adapters)
+            settings["ROBODUAL_GENERALIST_QUANTISATION"] = self.quantisation
+            settings["ROBODUAL_GENERALIST_MERGE_ADAPTERS"] = str(not trained).lower()
         options = Options(
             profile=self.profile,
             checkpoints={half: place(name) for half, name in halves.items() if name is not None},

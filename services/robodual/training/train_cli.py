@@ -165,8 +165,9 @@ def specialist(
     joint = unfreeze_generalist and (merged or not use_lora)
     adapters = tuple(map(str, adapter or ())) + ((ADAPTER,) if unfreeze_generalist and not joint else ())
     loop = ClosedLoop(
-        profile, device, MERGED if joint else generalist, () if joint else adapters, WEIGHTS, sequences=eval_sequences
-    )
+        profile, device, MERGED if joint else generalist, () if joint else adapters, WEIGHTS,
+        quantisation=quantisation, sequences=eval_sequences,
+    )  # fmt: skip
     _run(
         output,
         max_steps,
@@ -239,8 +240,9 @@ def generalist(
     whole = merged or not use_lora
     adapters = () if whole else (*map(str, adapter or ()), ADAPTER)
     loop = ClosedLoop(
-        profile, device, MERGED if whole else generalist, adapters, only="generalist", sequences=eval_sequences
-    )
+        profile, device, MERGED if whole else generalist, adapters, only="generalist",
+        quantisation=quantisation, sequences=eval_sequences,
+    )  # fmt: skip
     _run(
         output,
         max_steps,
