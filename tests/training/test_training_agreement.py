@@ -118,3 +118,20 @@ def test_processes_wait_for_one_another_longer_than_for_a_hang(tmp_path: Path) -
     assert leading[0]
     assert other[0]
     assert "imed out" in other[1]
+
+
+def resume_apart(output: Path, group: Group) -> str:
+    """Of machines without a common disk, where the leading process alone has written checkpoints."""
+    own = output / f"machine-{group.rank}"
+    run(group, own, 2)
+    try:
+        run(group, own, 4, resume=True)
+    except CheckpointError as error:
+        return str(error)
+    raise AssertionError("processes went on from different steps")
+
+
+def test_processes_resume_at_one_step(tmp_path: Path) -> None:
+    leading, other = in_two_processes(partial(resume_apart, tmp_path))
+    assert "the processes would resume at different steps, this one at 2; the output must be on a disk" in leading
+    assert "this one at 0" in other

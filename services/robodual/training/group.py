@@ -51,6 +51,14 @@ class Group:
         dist.all_reduce(flags, dist.ReduceOp.MAX, self.hosts)
         return bool(flags)
 
+    def same(self, number: int) -> bool:
+        """Whether it is one number in all processes."""
+        if self.size == 1:
+            return True
+        extremes = torch.tensor([number, -number])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, self.hosts)
+        return not extremes.sum()
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:

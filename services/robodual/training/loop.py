@@ -133,8 +133,8 @@ def train(
         The optimiser steps done.
 
     Raises:
-        CheckpointError: if there are checkpoints and `resume` is not set, they are of other settings, or the last
-            checkpoint cannot be written.
+        CheckpointError: if there are checkpoints and `resume` is not set, they are of other settings, processes find
+            different ones, or the last checkpoint cannot be written.
     """
     if settings.fsdp and group.size > 1:
         shard(learner, learner.blocks(), group)
@@ -144,7 +144,7 @@ def train(
     progress = Progress(parameters, optimizer, average)
     folder = Folder(settings.output / "checkpoints", settings.keep)
     saved = _saved(settings, group, described)
-    step = _resumed(folder, progress, saved) if resume else _fresh(folder)
+    step = _resumed(folder, progress, saved, group) if resume else _fresh(folder)
     order = Order(
         len(dataset),  # type: ignore[arg-type]
         settings.batch_size,
@@ -202,11 +202,17 @@ def _fresh(folder: Folder) -> int:
     return 0
 
 
-def _resumed(folder: Folder, progress: Progress, saved: Mapping[str, Any]) -> int:
+def _resumed(folder: Folder, progress: Progress, saved: Mapping[str, Any], group: Group) -> int:
     found = folder.latest()
+    step = found[0] if found else 0
+    if not group.same(step):
+        raise CheckpointError(
+            f"{folder.path}: the processes would resume at different steps, this one at {step}; the output must be on "
+            "a disk that all machines share"
+        )
     if found is None:
         return 0
-    step, path = found
+    path = found[1]
     before = read_settings(path)
     differing = [name for name in saved if before.get(name) != saved[name]]
     if differing:
