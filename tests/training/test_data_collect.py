@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -123,6 +124,16 @@ def test_records_say_what_was_asked_and_what_was_achieved(collected: tuple[Path,
     for record in records:
         assert [span["task"] for span in record["spans"]] == record["tasks"][: len(record["spans"])]
         assert not record["spans"] or record["spans"][-1]["end"] == record["last"]
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(DatasetError, match=r"split: unfinished \(.*File too large\); .*run the same command again"):
+            collect(tmp_path / "split", 1, chain=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers finish what they began")

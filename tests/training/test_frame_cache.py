@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import pickle  # noqa: TID251 (workers are given objects by it)
+import resource
+import threading
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -101,6 +105,31 @@ def test_an_interrupted_cache_is_refused_and_goes_on(split: Path, tmp_path: Path
         32,
         3,
     )
+
+
+def test_a_full_disk_is_one_line_and_the_cache_goes_on(split: Path, tmp_path: Path) -> None:
+    """While the arrays are made the system says so; while they are filled it ends the process that writes (SIGBUS)."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(
+            DatasetError, match=r"frames: unfinished \(.*File too large.*\); .*run the same command again"
+        ):
+            build(split, tmp_path / "frames", size=SIZE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def end_a_worker() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.01)
+        workers[0].kill()
+
+    ending = threading.Thread(target=end_a_worker)
+    with pytest.raises(DatasetError, match=r"a worker process died \(is the disk or the memory full\?\); run the same"):
+        build(split, tmp_path / "frames", size=SIZE, progress=lambda done, of: ending.start())
+    ending.join()
+    build(split, tmp_path / "frames", size=SIZE)
+    assert FrameCache(tmp_path / "frames", Recording(split)).contents.size == SIZE
 
 
 def test_workers_map_the_arrays_for_themselves(split: Path, cache: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,19 @@ def test_a_cache_of_something_else_is_refused(split: Path, tmp_path: Path) -> No
         train_specialist(SOURCE, data(split), replace(cached, conditioning="generated"), settings(tmp_path / "b", 1))
     with pytest.raises(DatasetError, match="cache_conditioning: not with image_aug"):
         train_specialist(SOURCE, data(split, image_aug=True), cached, settings(tmp_path / "c", 1))
+
+
+def test_no_space_for_a_cache_is_one_line_and_it_goes_on(split: Path, tmp_path: Path) -> None:
+    cached = replace(SPECIALIST, cache_conditioning=tmp_path / "cache")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for allowed in (10, 2000):  # for what the folder belongs to, and for a span
+        resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, limits[1]))
+        try:
+            with pytest.raises(DatasetError, match=r"cache: unfinished \(.*File too large.*run the same command again"):
+                train_specialist(SOURCE, data(split), cached, settings(tmp_path / "run", 1))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert train_specialist(SOURCE, data(split), cached, settings(tmp_path / "run", 1)) == 1
 
 
 def test_what_does_not_fit_together_is_one_line(split: Path, tmp_path: Path, whole: tuple[Path, list[Report]]) -> None:

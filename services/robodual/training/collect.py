@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from robodual.training.annotations import DatasetError, Span, write_annotations, write_array
 from robodual.training.demonstration import NUMBERS, Plan, Record, demonstrate, record_path
-from robodual.training.pool import pool
+from robodual.training.pool import pool, resumable
 from robodual.training.recording import Recording
 from robodual_client.calvin.annotations import load as evaluation_sentences
 from robodual_client.calvin.sequences import CHAIN
@@ -60,7 +59,7 @@ def collect(
 
     Raises:
         DatasetError: if the folder holds demonstrations of another seed, noise or chain, a task has no sentence, the
-            numbers run out of seven digits, or a worker process died (what it was doing is redone by the next run).
+            numbers run out of seven digits, or a worker process died or the disk is full (the next run goes on).
     """
     if not 1 <= demonstrations <= MAX_STEPS // NUMBERS:
         raise DatasetError(f"demonstrations: expected 1 to {MAX_STEPS // NUMBERS}, got {demonstrations}")
@@ -69,19 +68,17 @@ def collect(
     sentences = sentences or {task: [sentence] for task, sentence in evaluation_sentences().items()}
     if lacking := [task for task in TASKS if not sentences.get(task)]:
         raise DatasetError(f"annotations: no instruction for {', '.join(lacking)}")
-    (output / "demonstrations").mkdir(parents=True, exist_ok=True)
     plan = Plan(output, seed, noise, chain, {task: list(sentences[task]) for task in TASKS})
-    records = {number: record for number in range(demonstrations) if (record := _finished(plan, number))}
-    missing = [number for number in range(demonstrations) if number not in records]
-    with pool(workers, len(missing)) as processes:
-        futures = {processes.submit(demonstrate, plan, number): number for number in missing}
-        try:
+    with resumable(output):
+        (output / "demonstrations").mkdir(parents=True, exist_ok=True)
+        records = {number: record for number in range(demonstrations) if (record := _finished(plan, number))}
+        missing = [number for number in range(demonstrations) if number not in records]
+        with pool(workers, len(missing)) as processes:
+            futures = {processes.submit(demonstrate, plan, number): number for number in missing}
             for future in as_completed(futures):
                 records[futures[future]] = record = future.result()
                 progress(record)
-        except BrokenProcessPool:
-            raise DatasetError(f"{output}: a worker process died; run the same command again to go on") from None
-    return _finish(output, [records[number] for number in sorted(records)])
+        return _finish(output, [records[number] for number in sorted(records)])
 
 
 def _finished(plan: Plan, number: int) -> Record | None:

@@ -18,6 +18,7 @@ from robodual.training.annotations import DatasetError
 from robodual.training.conditioner import Conditioner, Conditioning
 from robodual.training.dataset import CalvinDataset, Sample
 from robodual.training.group import Group
+from robodual.training.pool import resumable
 from robodual.training.prompting import Prompts
 from robodual.training.window import starts
 
@@ -65,10 +66,11 @@ class ConditioningCache:
         look: the same data set with chunk 0, whose samples are what the generalist sees.
 
         Raises:
-            DatasetError: if the folder is of something else.
+            DatasetError: if the folder is of something else, or the disk is full.
         """
         if group.leads:
-            self._claim(described)
+            with resumable(self.folder):
+                self._claim(described)
         group.wait()
         spans = range(group.rank, len(self.dataset.spans), group.size)
         stride = self.dataset.stride
@@ -84,7 +86,8 @@ class ConditioningCache:
                 indices = range(firsts[span] + begin, firsts[span] + min(begin + batch_size, needed))
                 batch = Prompts.collate([look[0, index] for index in indices], processor)
                 found += conditioner(batch.to(group.device)).to(torch.device("cpu")).split()
-            self._write(span, found)
+            with resumable(self.folder):
+                self._write(span, found)
         progress(len(spans), len(spans))
         group.wait()
 
@@ -98,7 +101,9 @@ class ConditioningCache:
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
 
     def _write(self, span: int, found: Sequence[tuple[Tensor, Tensor]]) -> None:
         path = self._path(span)

@@ -16,7 +16,7 @@ import torch
 from robodual.images import STRATEGIES, Strategy, square
 from robodual.specialist.depth import resize
 from robodual.training.annotations import DatasetError
-from robodual.training.pool import pool
+from robodual.training.pool import pool, resumable
 from robodual.training.recording import Recording, step_name
 
 ALWAYS = ("rel_actions", "robot_obs", "scene_obs")
@@ -128,7 +128,7 @@ def build(
     many steps are done, of how many.
 
     Raises:
-        DatasetError: if the split is damaged, or the folder holds another cache.
+        DatasetError: if the split is damaged, the folder holds another cache, or the disk is full.
     """
     if strategy not in STRATEGIES:
         raise DatasetError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -136,15 +136,16 @@ def build(
         raise DatasetError(f"sensors: expected some of {', '.join(SENSORS)}, got {', '.join(unknown)}")
     steps = Recording(split).steps
     contents = Contents(len(steps), int(steps[0]), int(steps[-1]), tuple(sensors), size, strategy)
-    _claim(split, folder, contents, int(steps[0]))
-    missing = np.flatnonzero(~_done(folder, contents)) * PART
-    done = len(steps) - sum(min(PART, len(steps) - int(first)) for first in missing)
-    progress(done, len(steps))
-    with pool(workers, len(missing)) as processes:
-        futures = [processes.submit(_write_part, split, folder, contents, int(first)) for first in missing]
-        for future in as_completed(futures):
-            done += future.result()
-            progress(done, len(steps))
+    with resumable(folder):
+        _claim(split, folder, contents, int(steps[0]))
+        missing = np.flatnonzero(~_done(folder, contents)) * PART
+        done = len(steps) - sum(min(PART, len(steps) - int(first)) for first in missing)
+        progress(done, len(steps))
+        with pool(workers, len(missing)) as processes:
+            futures = [processes.submit(_write_part, split, folder, contents, int(first)) for first in missing]
+            for future in as_completed(futures):
+                done += future.result()
+                progress(done, len(steps))
     return contents
 
 
@@ -158,7 +159,9 @@ def _claim(split: Path, folder: Path, contents: Contents, step: int) -> None:
     for name, values in _converted(Recording(split), step, contents).items():
         shape = (contents.steps, *values.shape)
         np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=values.dtype, shape=shape)
-    path.write_text(json.dumps(asdict(contents), indent=2) + "\n", encoding="utf-8")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(asdict(contents), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _write_part(split: Path, folder: Path, contents: Contents, first: int) -> int:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
+
+from safetensors import SafetensorError
 
 from robodual.parent import end_with_parent
+from robodual.training.annotations import DatasetError
 
 
 @contextmanager
@@ -22,3 +27,18 @@ def pool(workers: int, jobs: int) -> Iterator[ProcessPoolExecutor]:
             yield processes
         finally:
             processes.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Raises DatasetError where what fills a folder met a full disk, or lost a worker process.
+
+    A full disk ends a process that writes into a mapped file without an error (SIGBUS).
+    """
+    again = "run the same command again to go on"
+    try:
+        yield
+    except BrokenProcessPool:
+        raise DatasetError(f"{folder}: a worker process died (is the disk or the memory full?); {again}") from None
+    except (OSError, SafetensorError) as error:
+        raise DatasetError(f"{folder}: unfinished ({error}); mend that (free some space), and {again}") from error
