@@ -216,6 +216,7 @@ async def test_answers_are_counted_by_status_and_unexpected_errors_tell_nothing(
         'robodual_requests_total{code="OK",method="Act"} 1.0',
         'robodual_requests_total{code="FAILED_PRECONDITION",method="Act"} 1.0',
         'robodual_requests_total{code="INTERNAL",method="Reset"} 1.0',
+        'robodual_requests_total{code="INTERNAL",method="ActStream"} 0.0',
     ):
         assert line in text
 

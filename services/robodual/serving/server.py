@@ -53,6 +53,7 @@ class Server:
         self.port = 0
         self._settings = settings
         self._name = {"generalist": rpc.GENERALIST, "specialist": rpc.SPECIALIST}[settings.service]
+        metrics.expect(method.name for method in wire.POOL.FindServiceByName(self._name).methods)
         self._info: wire.InfoResponse | None = None
         self._authenticator = Authenticator(settings.tokens, file=settings.tokens_file, max_rate=settings.max_rate)
         app = application(readiness, metrics, self._authenticator, lambda: self._info, pages)
