@@ -73,7 +73,7 @@ async def home(client: httpx.AsyncClient) -> None:
             if all(answer.status_code == 200 for answer in answers):
                 break
         assert time.monotonic() < deadline
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(observers.INTERVAL)
     await asyncio.sleep(2 * observers.INTERVAL)
 
 
@@ -95,6 +95,7 @@ async def drive(replica: Replica, steps: range, session: str = "robot", episode:
 
 
 def frames() -> int:
+    gc.collect()
     return sum(type(thing) is Frame for thing in gc.get_objects())
 
 

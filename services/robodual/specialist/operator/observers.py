@@ -76,10 +76,11 @@ class Observers:
         """Sends all observers home."""
         self._closed.set()
 
-    async def pause(self) -> None:
-        """Returns when the next report is due, or at `close`."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._closed.wait(), INTERVAL)
+    async def pause(self, gone: asyncio.Future[None]) -> None:
+        """Returns when the next report is due, or there is none: at `close`, and when `gone` is done."""
+        closed: asyncio.Future[Any] = asyncio.ensure_future(self._closed.wait())
+        await asyncio.wait({closed, gone}, timeout=INTERVAL, return_when=asyncio.FIRST_COMPLETED)
+        closed.cancel()
 
     def join(self, session: Session) -> _Look:
         look = self._looks.get(session.identity)

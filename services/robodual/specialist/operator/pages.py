@@ -90,7 +90,7 @@ class _Events(Response):
                 report = json.dumps(await observer.report(), allow_nan=False, separators=(",", ":"))
                 event = {"type": "http.response.body", "body": f"data: {report}\n\n".encode(), "more_body": True}
                 await asyncio.wait_for(send(event), STALLED)
-                await self._observers.pause()
+                await self._observers.pause(gone)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except asyncio.TimeoutError:
             logger.warning("an observer does not read: given up")
