@@ -80,6 +80,17 @@ def test_data_workers_change_nothing(split: Path, tmp_path: Path, whole: tuple[P
     assert state(tmp_path, 7) == state(whole[0], 7)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_step_is_one_line_that_names_its_file(tmp_path: Path, workers: int) -> None:
+    split = write_split(tmp_path / "training", lengths=[24])
+    for path in split.glob("episode_00001[12]*.npz"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(
+        DatasetError, match=r"^\S*episode_00001[12]\d\.npz: damaged or cut short \([^\n]*copy it again$"
+    ):
+        train_specialist(SOURCE, data(split), SPECIALIST, settings(tmp_path / "run", 9, num_workers=workers))
+
+
 def test_the_averaged_weights_are_served_with_their_configuration(
     split: Path, tmp_path: Path, whole: tuple[Path, list[Report]]
 ) -> None:

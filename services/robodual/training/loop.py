@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from robodual.facts import CheckpointError
 from robodual.parent import end_with_parent
+from robodual.training.annotations import DatasetError
 from robodual.training.average import Average
 from robodual.training.checkpoint import STATE, Folder, Progress, name_of, read_settings
-from robodual.training.dataset import Sample
+from robodual.training.dataset import Key, Sample
 from robodual.training.group import Group
 from robodual.training.order import Order
 from robodual.training.schedule import Schedule
@@ -154,7 +155,6 @@ def train(
         settings.seed,
         step,
     )
-    batches = _batches(dataset, collate, order, settings, group)
     wrapped: nn.Module = learner
     if group.size > 1 and not settings.fsdp:
         devices = [group.device.index] if group.device.type == "cuda" else None
@@ -163,7 +163,10 @@ def train(
     meter = _Meter(group, settings.batch_size * settings.grad_accumulation_steps * group.size)
     learner.train()
     last_saved = step
-    with _stopping() as stop:
+    with (
+        _stopping() as stop,
+        contextlib.closing(_batches(dataset, collate, order, settings, group)) as batches,
+    ):
         while step < settings.max_steps and not group.any(stop.is_set()):
             _seed(settings.seed, step, group.rank)
             for values in optimizer.param_groups:
@@ -186,8 +189,8 @@ def train(
                     report(shown)
             if step % settings.save_steps == 0 and last_saved < step < settings.max_steps:
                 last_saved = _save(folder, step, progress, saved, learner, group, last_saved)
-    if step > last_saved:
-        _save(folder, step, progress, saved, learner, group, last_saved, final=True)
+        if step > last_saved:
+            _save(folder, step, progress, saved, learner, group, last_saved, final=True)
     return step
 
 
@@ -225,20 +228,40 @@ def _resumed(folder: Folder, progress: Progress, saved: Mapping[str, Any], group
 
 def _batches(
     dataset: Dataset[Sample], collate: Callable[[list[Sample]], B], order: Order, settings: Settings, group: Group
-) -> Iterator[B]:
-    loader: DataLoader[Sample] = DataLoader(
-        dataset,
-        batch_sampler=order,
-        collate_fn=collate,
+) -> Generator[B, None, None]:
+    loader: DataLoader[B | ValueError] = DataLoader(
+        _Read(dataset, collate),
+        batch_size=None,
+        sampler=order,
         num_workers=settings.num_workers,
         prefetch_factor=4 if settings.num_workers else None,
         worker_init_fn=_unstopped,
         # Of its own, so that the seed it draws for its workers does not touch the global generator.
         generator=torch.Generator().manual_seed(settings.seed),
     )
-    batch: B
-    for batch in loader:
-        yield batch.to(group.device)
+    reading: Any = iter(loader)
+    try:
+        for batch in reading:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch.to(group.device)
+    finally:
+        if settings.num_workers:  # Python would end those that are left by SIGTERM, and wait
+            reading._shutdown_workers()
+
+
+@dataclass(frozen=True)
+class _Read(Dataset[B | ValueError]):
+    """Batches by their samples' keys. An error is returned: raised in a worker, it would be its traceback's text."""
+
+    dataset: Dataset[Sample]
+    collate: Callable[[list[Sample]], B]
+
+    def __getitem__(self, keys: list[Key]) -> B | ValueError:
+        try:
+            return self.collate([self.dataset[key] for key in keys])
+        except (DatasetError, CheckpointError) as error:
+            return error
 
 
 def _unstopped(worker: int) -> None:
