@@ -28,6 +28,7 @@ def test_a_full_disk_is_said_once_and_leaves_no_half_line(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with shown(tmp_path, 9, Console(file=io.StringIO())) as display:
         display(report(1))
+        display.board.flush()  # its thread writes nothing more while files are limited
         with monkeypatch.context() as patch:
             patch.setattr(display.board, "add_scalar", full)
             resource.setrlimit(resource.RLIMIT_FSIZE, (display.path.stat().st_size + 20, limits[1]))
