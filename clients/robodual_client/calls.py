@@ -112,9 +112,8 @@ class Replicas:
         self._fixed = [address for address in given if not address.startswith(DNS)]
         self._names = [address[len(DNS) :] for address in given if address.startswith(DNS)]
         self._reason = "the name has not been looked up"
-        self._addresses: list[
-            str
-        ] = []  # the current one first; replaced as a whole, since thinking looks from its thread
+        # The current one first; replaced as a whole, since thinking looks from its thread.
+        self._addresses: list[str] = []
         self.checked = ""  # the address that was last seen to serve the session's model, until a call fails there
         self._arrange(self._fixed)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from robodual.training.object_array import read_object
+from robodual.training.replacement import replacing
 
 EMBEDDING_WIDTH = 384  # of the sentence encoder whose output CALVIN's files carry; written as zeros here
 
@@ -104,9 +105,7 @@ def write_annotations(split: Path, spans: Sequence[Span]) -> Path:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes a `.npy` file beside its place and moves it there: a reader sees the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
+    with replacing(path) as partial, partial.open("wb") as stream:
         np.save(stream, array)
         stream.flush()
         os.fsync(stream.fileno())
-    partial.replace(path)

@@ -16,6 +16,7 @@ from robodual.training.annotations import DatasetError, Span, write_annotations,
 from robodual.training.demonstration import NUMBERS, Plan, Record, demonstrate, record_path
 from robodual.training.pool import pool, resumable
 from robodual.training.recording import Recording
+from robodual.training.replacement import replacing
 from robodual_client.calvin.annotations import load as evaluation_sentences
 from robodual_client.calvin.sequences import CHAIN
 from robodual_client.calvin.tasks import TASKS
@@ -127,6 +128,5 @@ def _write_statistics(output: Path) -> None:
             f"  mean: {json.dumps(values.mean(axis=0).tolist())}",
             f"  std: {json.dumps(values.std(axis=0).tolist())}",
         ]
-    partial = output / "statistics.yaml.partial"
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(output / "statistics.yaml")
+    with replacing(output / "statistics.yaml") as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from robodual.training.dataset import CalvinDataset, Sample
 from robodual.training.group import Group
 from robodual.training.pool import resumable
 from robodual.training.prompting import Prompts
+from robodual.training.replacement import replacing
 from robodual.training.window import starts
 
 
@@ -101,16 +102,13 @@ class ConditioningCache:
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     def _write(self, span: int, found: Sequence[tuple[Tensor, Tensor]]) -> None:
-        path = self._path(span)
-        partial = path.with_name(path.name + ".partial")
         hidden = torch.stack([states.to(torch.bfloat16) for states, _ in found])
-        save_file({"hidden": hidden, "chunk": torch.stack([chunk for _, chunk in found])}, partial)
-        partial.replace(path)
+        with replacing(self._path(span)) as partial:
+            save_file({"hidden": hidden, "chunk": torch.stack([chunk for _, chunk in found])}, partial)
 
     def read(self, samples: Sequence[Sample]) -> Conditioning:
         """The samples' conditionings, hidden states as bfloat16 as in service.

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from robodual.training.annotations import Span
 from robodual.training.recording import step_name
+from robodual.training.replacement import replacing
 from robodual_client.calvin import sequences, tasks
 from robodual_client.playtable import PlayTable
 from robodual_client.playtable.expert import Expert
@@ -154,17 +155,12 @@ def _arrays(observation: dict[str, Any], action: npt.NDArray[np.float64]) -> dic
 
 def write_step(split: Path, step: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Writes one control step; a reader never sees half of it."""
-    path = split / step_name(step)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
+    with replacing(split / step_name(step)) as partial, partial.open("wb") as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
-    partial.replace(path)
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
+    with replacing(path) as partial, partial.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    partial.replace(path)

@@ -18,6 +18,7 @@ from robodual.specialist.depth import resize
 from robodual.training.annotations import DatasetError
 from robodual.training.pool import pool, resumable
 from robodual.training.recording import Recording, step_name
+from robodual.training.replacement import replacing
 
 ALWAYS = ("rel_actions", "robot_obs", "scene_obs")
 SENSORS = ("rgb_static", "rgb_gripper", "depth_static", "depth_gripper", "rgb_tactile")
@@ -159,9 +160,8 @@ def _claim(split: Path, folder: Path, contents: Contents, step: int) -> None:
     for name, values in _converted(Recording(split), step, contents).items():
         shape = (contents.steps, *values.shape)
         np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=values.dtype, shape=shape)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(asdict(contents), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(asdict(contents), indent=2) + "\n", encoding="utf-8")
 
 
 def _write_part(split: Path, folder: Path, contents: Contents, first: int) -> int:

@@ -93,4 +93,5 @@ def _device(name: str, local_rank: int | None) -> torch.device:
     device = choose(name)
     if device.type != "cuda":
         return device
-    return choose(f"cuda:{device.index or 0 if local_rank is None else local_rank}")
+    number = device.index or 0 if local_rank is None else local_rank
+    return choose(f"cuda:{number}")
