@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
 import redis
 
 from robodual.conditioning.valkey import EmbeddedServer
@@ -37,3 +39,11 @@ def test_the_user_that_the_services_have_is_enough() -> None:
     found = next(finding for finding in findings if finding.subject == "redis" and finding.found.startswith("redis://"))
     assert found.state == "ok"
     assert found.found == f"redis://robodual:**********@127.0.0.1:{port}/0, its version is not shown to this user"
+
+
+def test_files_for_tls_without_tls_are_a_finding(monkeypatch: pytest.MonkeyPatch, certificates: Path) -> None:
+    monkeypatch.setenv("ROBODUAL_REDIS_CA", str(certificates / "ca.pem"))
+    findings = asyncio.run(examine("redis://127.0.0.1:1/0", "127.0.0.1:1", "127.0.0.1:1"))
+
+    redis = next(finding for finding in findings if finding.subject == "redis" and finding.state == "fault")
+    assert "go with a redis_url of rediss:// alone" in redis.found
