@@ -19,7 +19,6 @@ import redis.exceptions
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from robodual.conditioning.store import TLS_ALONE
 from robodual.serving.provenance import masked
 from robodual_client import Tls, wire
 from robodual_client.channel import Security, security
@@ -120,7 +119,8 @@ async def _redis(url: str) -> Finding:
         f"ssl_{name}": path for name, variable in REDIS_FILES.items() if (path := os.environ.get(variable))
     }
     if files and not url.startswith("rediss://"):
-        return Finding("redis", "fault", f"{shown}: {TLS_ALONE}", "correct ROBODUAL_REDIS_URL")
+        needs = f"{' and '.join(filter(os.environ.get, REDIS_FILES.values()))}: need a URL that begins with rediss://"
+        return Finding("redis", "fault", f"{shown}: {needs}", "correct ROBODUAL_REDIS_URL")
     try:
         client: Any = redis.asyncio.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2, **files)
     except ValueError as error:

@@ -1,7 +1,6 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from robodual.conditioning.codec import RecordError
 from robodual.conditioning.record import Conditioning, Version
-from robodual.conditioning.store import Announced, ForeignSession, Interrupted, Store, StoreUnavailable, Subscribed, Tls
+from robodual.conditioning.store import Announced, ForeignSession, Interrupted, Store, StoreUnavailable, Subscribed
 from robodual.conditioning.valkey import EmbeddedServer
 
 WRITES = 5_000
@@ -295,8 +294,3 @@ async def test_who_finds_every_connection_taken_waits_for_one(valkey: EmbeddedSe
     with redis.Redis.from_url(valkey.url) as client:
         assert client.info("stats")["total_connections_received"] < 150
         assert len(client.keys("robodual:robot*")) == 150
-
-
-def test_files_for_tls_without_tls_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="go with a redis_url of rediss:// alone"):
-        Store("redis://127.0.0.1:1/0", tls=Tls(tmp_path / "ca.pem"))

@@ -46,4 +46,4 @@ def test_files_for_tls_without_tls_are_a_finding(monkeypatch: pytest.MonkeyPatch
     findings = asyncio.run(examine("redis://127.0.0.1:1/0", "127.0.0.1:1", "127.0.0.1:1"))
 
     redis = next(finding for finding in findings if finding.subject == "redis" and finding.state == "fault")
-    assert "go with a redis_url of rediss:// alone" in redis.found
+    assert "ROBODUAL_REDIS_CA: need a URL that begins with rediss://" in redis.found

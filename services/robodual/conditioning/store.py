@@ -24,9 +24,6 @@ PING_INTERVAL = 2.0
 RECONNECT_FIRST = 0.05
 RECONNECT_MOST = 1.0
 CONNECTIONS = 32
-TLS_ALONE = (
-    "redis_ca, redis_certificate and redis_key go with a redis_url of rediss:// alone; change it, or leave them out"
-)
 
 T = TypeVar("T")
 
@@ -263,8 +260,6 @@ class Store:
 def _connect(url: str, timeout: float, retry: Retry, tls: Tls | None) -> Redis:
     files = {} if tls is None else {"ca_certs": tls.ca, "certfile": tls.certificate, "keyfile": tls.key}
     given: dict[str, Any] = {f"ssl_{name}": str(path) for name, path in files.items() if path is not None}
-    if given and not url.startswith("rediss://"):
-        raise ValueError(TLS_ALONE)
     try:
         # Who finds all connections taken waits, as for an answer, and is not turned away.
         pool = BlockingConnectionPool.from_url(
