@@ -249,7 +249,7 @@ async def test_a_store_that_went_away_is_told_apart_and_comes_back() -> None:
     with pytest.raises(StoreUnavailable):
         await store.put("robot", conditioning(1, 2))
     with pytest.raises(StoreUnavailable):
-        await store.ping()
+        await store.probe()
 
     server.start()
     event = await anext(announcements)
@@ -265,7 +265,7 @@ async def test_a_store_that_went_away_is_told_apart_and_comes_back() -> None:
 
 async def test_a_store_that_hangs_is_unavailable_within_the_timeout(valkey: EmbeddedServer) -> None:
     store = Store(valkey.url, timeout=0.3)
-    await store.ping()
+    await store.probe()
     with redis.Redis.from_url(valkey.url) as client:
         client.execute_command("CLIENT", "PAUSE", 1500, "ALL")
     started = asyncio.get_running_loop().time()
@@ -277,10 +277,58 @@ async def test_a_store_that_hangs_is_unavailable_within_the_timeout(valkey: Embe
     await store.close()
 
 
+async def test_a_store_that_takes_nothing_more_is_noticed_and_left_as_it_was(
+    valkey: EmbeddedServer, store: Store
+) -> None:
+    with redis.Redis.from_url(valkey.url) as client:
+        await store.probe()
+        assert client.keys() == []
+        before = client.config_get("maxmemory*")
+        try:
+            client.config_set("maxmemory-policy", "noeviction")
+            client.config_set("maxmemory", 1)
+            with pytest.raises(StoreUnavailable, match="maxmemory"):
+                await store.probe()
+        finally:
+            client.config_set("maxmemory", before["maxmemory"])
+            client.config_set("maxmemory-policy", before["maxmemory-policy"])
+
+
+async def test_a_primary_that_was_made_a_replica_is_left_for_the_one_in_its_place() -> None:
+    with EmbeddedServer() as old, EmbeddedServer() as new:
+        target = old
+
+        async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(65536):
+                writer.write(data)
+            writer.close()
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            far, to_far = await asyncio.open_connection("127.0.0.1", _port(target))
+            await asyncio.gather(forward(reader, to_far), forward(far, writer))
+
+        async with await asyncio.start_server(relay, "127.0.0.1", 0) as address:
+            with redis.Redis.from_url(new.url) as client:
+                client.config_set("requirepass", old.url[9:].partition("@")[0])
+            store = Store(old.url.replace(str(_port(old)), str(address.sockets[0].getsockname()[1])))
+            await store.put("robot", conditioning(1, 1))
+            target = new
+            with redis.Redis.from_url(old.url) as client:
+                client.replicaof("127.0.0.1", str(_port(new)))
+            with pytest.raises(StoreUnavailable, match="read only replica"):
+                await store.put("robot", conditioning(1, 2))
+            assert await store.put("robot", conditioning(1, 2)) == (True, Version(1, 2))
+            await store.close()
+
+
+def _port(server: EmbeddedServer) -> int:
+    return int(server.url.rpartition("/")[0].rpartition(":")[2])
+
+
 async def test_a_password_never_shows_in_an_error(valkey: EmbeddedServer) -> None:
     store = Store(valkey.url.replace("://:", "://:wrong-secret"), timeout=1)
     with pytest.raises(StoreUnavailable) as failure:
-        await store.ping()
+        await store.probe()
     assert "wrong-secret" not in str(failure.value)
     await store.close()
 

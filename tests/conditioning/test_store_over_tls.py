@@ -114,7 +114,7 @@ async def test_everything_that_the_store_does_works_for_that_user(port: int, cer
     secure = store(port, certificates)
     announcements = secure.subscribe()
     assert await anext(announcements) == Subscribed()
-    await secure.ping()
+    await secure.probe()
     assert await secure.put("robot", RECORD, "alice") == (True, Version(1, 7))
     assert await anext(announcements) == Announced("robot", Version(1, 7))
     fetched = await secure.fetch("robot", "alice")
@@ -136,7 +136,7 @@ async def test_without_a_certificate_of_the_authority_there_is_no_store(
 ) -> None:
     refused = store(port, certificates, caller, url)
     with pytest.raises(StoreUnavailable) as failure:
-        await refused.ping()
+        await refused.probe()
     assert isinstance(await anext(refused.subscribe()), Interrupted)
     assert PASSWORD not in str(failure.value)
     assert QUOTED not in str(failure.value)
@@ -149,7 +149,7 @@ async def test_a_server_of_another_authority_is_not_spoken_to(port: int, certifi
         f"rediss://robodual:{QUOTED}@127.0.0.1:{port}/0", timeout=5, tls=Tls(certificates / "stranger.pem", *pair)
     )
     with pytest.raises(StoreUnavailable, match="certificate"):
-        await deceived.ping()
+        await deceived.probe()
     await deceived.close()
 
 

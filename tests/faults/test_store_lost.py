@@ -115,6 +115,7 @@ def test_a_full_store_is_a_clear_error_until_there_is_room(
         # Not every error says it: a budget may run out in the middle of an attempt.
         until(lambda: any("used memory > 'maxmemory'" in str(error) for error in hasty.errors), 60, lambda: "no reason")
         assert [len(robots[0].answers), len(hasty.answers)] == [7, 15]
+        until(lambda: not deployment.generalist.ready(), 10, lambda: "ready with a store that takes nothing")
         client.config_set("maxmemory", before["maxmemory"])
         client.config_set("maxmemory-policy", before["maxmemory-policy"])
         back = time.monotonic()

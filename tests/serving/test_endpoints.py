@@ -189,6 +189,10 @@ async def test_before_the_model_is_loaded_both_sides_say_so() -> None:
                 grpc.StatusCode.UNAVAILABLE,
                 True,
             )
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary(f"/{rpc.SPECIALIST}/Invented")(b"")
+        assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        assert "Invented" not in (await http(server, "/metrics")).text, "labels that strangers choose"
         answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=rpc.SPECIALIST))
         assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
     await server.stop()

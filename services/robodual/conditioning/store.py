@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
 from robodual.conditioning import codec
 from robodual.conditioning.record import Conditioning, Version
@@ -89,6 +89,12 @@ end
 return redis.call('DEL', KEYS[1])
 """
 )
+
+# KEYS: one of no session. Writes what needs room, and leaves nothing.
+_TRY = """
+redis.call('HSET', KEYS[1], 'at', 1)
+return redis.call('DEL', KEYS[1])
+"""
 
 # KEYS: the session's key. ARGV: the SHA-1 of a record that cannot be read, TTL in milliseconds. Drops that record and
 # no other; the session stays its owner's.
@@ -166,6 +172,7 @@ class Store:
         self._drop_before = self._redis.register_script(_DROP_BEFORE)
         self._delete = self._redis.register_script(_DELETE)
         self._drop_unreadable = self._redis.register_script(_DROP_UNREADABLE)
+        self._try = self._redis.register_script(_TRY)
 
     async def put(self, session: str, conditioning: Conditioning, owner: str = "") -> tuple[bool, Version]:
         """Stores and announces `conditioning` unless the store holds its version or a newer one, in one atomic step.
@@ -207,9 +214,9 @@ class Store:
         arguments = (owner, episode, self._milliseconds)
         return _own(await self._ask(self._drop_before(keys=[_key(session)], args=arguments)))
 
-    async def ping(self) -> None:
-        """Returns if the store answers."""
-        await self._ask(self._redis.ping())
+    async def probe(self) -> None:
+        """Returns if the store takes what is written: one that is full or another's replica answers, and does not."""
+        await self._ask(self._try(keys=["robodual:probe"]))
 
     async def subscribe(self) -> AsyncIterator[Announced | Subscribed | Interrupted]:
         """Announcements for all sessions, for ever; `Subscribed` and `Interrupted` mark the gaps between them.
@@ -254,7 +261,10 @@ class Store:
         try:
             return await asyncio.wait_for(answer, self._timeout)
         except (RedisError, OSError, asyncio.TimeoutError) as error:
-            raise StoreUnavailable(f"the conditioning store did not answer: {_reason(error)}") from error
+            if isinstance(error, ReadOnlyError):
+                # A primary that was made a replica keeps its connections: new ones find the one in its place.
+                await self._redis.connection_pool.disconnect(inuse_connections=False)
+            raise StoreUnavailable(f"the conditioning store cannot be used: {_reason(error)}") from error
 
 
 def _connect(url: str, timeout: float, retry: Retry, tls: Tls | None) -> Redis:

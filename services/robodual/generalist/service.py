@@ -210,11 +210,11 @@ def _load_on(device: str, settings: GeneralistSettings) -> GeneralistEngine:
 
 
 async def _watch(store: Store, readiness: Readiness, metrics: Metrics) -> None:
-    """Keeps readiness to whether the store answers."""
+    """Keeps readiness to whether the store takes conditionings."""
     lost = False
     while True:
         try:
-            await store.ping()
+            await store.probe()
         except StoreUnavailable as error:
             if not lost:
                 logger.warning("store out of reach", reason=str(error))

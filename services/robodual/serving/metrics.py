@@ -86,7 +86,7 @@ class Metrics:
             "robodual_resumed_sessions", "Sessions that went on here from a recovery state.", registry=registry
         )
         self.ready = Gauge("robodual_ready", "1 while the service is ready.", registry=registry)
-        self.store_up = Gauge("robodual_store_up", "1 while the conditioning store answers.", registry=registry)
+        self.store_up = Gauge("robodual_store_up", "1 while the conditioning store can be used.", registry=registry)
         self.store_up.set(math.nan)  # until it has been asked, which is after a model is loaded
 
         self.device_memory = Gauge(

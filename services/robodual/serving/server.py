@@ -168,7 +168,7 @@ class _Methods(grpc.GenericRpcHandler):
     """A service's methods: UNAVAILABLE until there is a servicer behind them."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self._paths = {f"/{name}/{method.name}" for method in wire.POOL.FindServiceByName(name).methods}
         self._handler: grpc.GenericRpcHandler | None = None
 
     def serve(self, handler: grpc.GenericRpcHandler) -> None:
@@ -177,7 +177,7 @@ class _Methods(grpc.GenericRpcHandler):
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         if self._handler is not None:
             return self._handler.service(handler_call_details)
-        if handler_call_details.method.startswith(f"/{self._name}/"):
+        if handler_call_details.method in self._paths:
             return grpc.stream_stream_rpc_method_handler(_not_yet)
         return None
 

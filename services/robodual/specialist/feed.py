@@ -33,7 +33,7 @@ class Feed:
         readiness: Readiness,
         metrics: Metrics,
     ) -> None:
-        self.up = False  # whether announcements arrive
+        self.up: bool | None = None  # whether announcements arrive; None before the first look
         self._store = store
         self._sessions = sessions
         self._project = project
@@ -126,8 +126,8 @@ class Feed:
             logger.error("conditioning not projected", exc_info=task.exception())
 
     def _lost(self, reason: str) -> None:
-        if self.up or "store" not in self._readiness.missing:
-            logger.warning("store lost: going on with the conditionings at hand", reason=reason)
+        if self.up is not False:
+            logger.warning("store out of reach: going on with the conditionings at hand", reason=reason)
         self.up = False
         self._metrics.store_up.set(0)
         self._readiness.lack("store", reason)
