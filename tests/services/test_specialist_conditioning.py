@@ -111,7 +111,7 @@ async def test_an_old_conditioning_degrades_answers_and_then_ends_them(
         assert [answer.degraded for answer in answers] == [False, False, False, True, True]
         code, details = await status(replica.stub.Act(act("robot", 5)))
         assert code == grpc.StatusCode.FAILED_PRECONDITION
-        assert "5 steps ago; at most 4" in details
+        assert "5 steps ago; at most 4 (max_age_steps): ask the generalist" in details
         await store.put("robot", conditioning(1, 5))
         answer = await replica.stub.Act(act("robot", 5, min_conditioning=version(1, 5)), timeout=10)
         assert not answer.degraded

@@ -276,7 +276,8 @@ class SpecialistService:
         age = step - found.version.step
         if age > most:
             raise FailedPrecondition(
-                f"the conditioning is of step {found.version.step}, {age} steps ago; at most {most}"
+                f"the conditioning is of step {found.version.step}, {age} steps ago; at most {most} (max_age_steps): "
+                "ask the generalist for a newer one"
             )
         return found
 
