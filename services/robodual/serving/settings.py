@@ -200,7 +200,7 @@ class SpecialistSettings(Settings):
     operators: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="names of tokens that show every session on the operator's page; comma-separated"
     )
-    max_wait: Seconds = Field(10.0, description="seconds to wait for min_conditioning where a call has no deadline")
+    max_wait: Seconds = Field(10.0, description="seconds to wait for min_conditioning, if no deadline is sooner")
     degraded_age_steps: int = Field(16, ge=0, description="a conditioning older than this makes answers degraded")
     max_age_steps: int = Field(64, ge=0, description="a conditioning older than this is not used")
 
