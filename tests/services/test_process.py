@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -15,6 +16,22 @@ from replicas import act, version
 
 from robodual_client import wire
 from robodual_client.wire import rpc
+
+# A service whose model takes a minute.
+LOADING = """
+import asyncio, time
+from contextlib import asynccontextmanager
+from robodual.serving.server import run
+from robodual.serving.settings import SpecialistSettings
+
+@asynccontextmanager
+async def service():
+    print("loading", flush=True)
+    await asyncio.to_thread(time.sleep, 60)
+    yield
+
+run(SpecialistSettings(), service())
+"""
 
 
 @contextmanager
@@ -71,6 +88,25 @@ def test_it_says_when_it_is_ready_and_ends_in_order_when_told(service: str, numb
         child.send_signal(number)
         assert child.wait(15) == 0
     assert '"event": "stopped"' in lines[-1]
+
+
+def test_a_load_in_progress_is_not_waited_for_when_ctrl_c_comes() -> None:
+    child = subprocess.Popen([sys.executable, "-c", LOADING], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    with child.stdout:
+        assert child.stdout.readline() == "loading\n"
+        child.send_signal(signal.SIGINT)
+        assert child.wait(10) == 130
+
+
+def test_a_start_ends_by_sigterm_also_where_that_has_no_default(tmp_path: Path) -> None:
+    # By its default, the first process of a container would go on.
+    os.mkfifo(tmp_path / "config.toml")
+    environment = {**os.environ, "ROBODUAL_CONFIG": str(tmp_path / "config.toml")}
+    child = subprocess.Popen([sys.executable, "-m", "robodual", "serve", "specialist"], env=environment)
+    with (tmp_path / "config.toml").open("wb"):  # waits until it reads
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 128 + signal.SIGTERM
 
 
 @pytest.mark.slow

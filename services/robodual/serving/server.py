@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -202,7 +203,7 @@ def run(settings: Settings, service: AbstractAsyncContextManager[Server]) -> Non
 
     async def main() -> None:
         async with service as server:
-            # Only now: until there is something to drain, the default of ending at once is the better one.
+            # Only now: until there is something to drain, ending at once is better.
             told = asyncio.Event()
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, told.set)
@@ -214,6 +215,8 @@ def run(settings: Settings, service: AbstractAsyncContextManager[Server]) -> Non
             logger.info("draining")
         logger.info("stopped")
 
+    # By default the loop would first wait for the thread that loads, which cannot be interrupted.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     try:
         if sys.platform == "win32":
             asyncio.run(main())
