@@ -128,7 +128,7 @@ async def test_the_settings_open_the_store_over_tls(url: str) -> None:
         assert await store.fetch("robot") is not None
         assert not await store.drop_before("robot", 1)
         assert await store.delete("robot")
-        await store.ping()
+        await store.probe()
     finally:
         await events.aclose()  # type: ignore[attr-defined]
         await store.close()
@@ -144,7 +144,7 @@ async def test_nothing_else_does(url: str, wrong: str) -> None:
     }
     store = Store(others[wrong], timeout=5)
     with pytest.raises(StoreUnavailable):
-        await store.ping()
+        await store.probe()
     await store.close()
 
 
