@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_endpoints import TOKENS, bearer, channel_to, http, started
 
 from robodual.serving import http as serving_http
+from robodual.serving import server as serving_server
 from robodual.serving.auth import EXEMPT, EXEMPT_CALLS
 from robodual_client import wire
 from robodual_client.wire import rpc
@@ -124,6 +125,14 @@ async def test_refusals_that_nobody_reads_hold_up_nobody_else() -> None:
             await asyncio.sleep(0.5)
             stub = rpc.Stub(channel, rpc.SPECIALIST)
             assert (await stub.GetInfo(wire.InfoRequest(), metadata=bearer(TOKENS[0]), timeout=10)).profile == "toy"
+
+
+async def test_a_connection_that_never_begins_to_speak_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_server, "HANDSHAKE", 0.3)
+    async with started() as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        await asyncio.wait_for(reader.read(), 5)
+        writer.close()
 
 
 async def test_connections_without_a_request_keep_nobody_from_http() -> None:

@@ -36,6 +36,7 @@ logger = structlog.get_logger(__name__)
 
 SHARE = 1024  # calls that one owner may have open, at least
 CALLS = 4  # of a session: its stream, one that the network lost, and calls beside them
+HANDSHAKE = 10.0  # seconds that a connection may take to begin; gRPC's own limit is two minutes
 LAST_WORDS = 0.2  # seconds for an answer that is given to reach the wire
 
 
@@ -239,6 +240,7 @@ def _options(settings: GeneralistSettings | SpecialistSettings) -> list[tuple[st
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.server_handshake_timeout_ms", int(HANDSHAKE * 1000)),
         # A client's own process may have all robots of an owner.
         ("grpc.max_concurrent_streams", _share(settings)),
         # Two services on one port would share its calls between them unnoticed.
