@@ -126,8 +126,9 @@ class _Strict(TorchDispatchMode):
             if len(kinds) > 1:
                 raise RuntimeError(f"{operation}: expected tensors of one type, got {kinds}")
         if self.capturing:
-            # A lone number of the host is passed by value.
-            places = {tensor.device.type for tensor in given if tensor.dim() and tensor.numel()}
+            # A lone number of the host is passed by value, unless it is copied.
+            copies = operation.overloadpacket.__name__ in ("_to_copy", "copy_")
+            places = {tensor.device.type for tensor in given if (copies or tensor.dim()) and tensor.numel()}
             places |= {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.numel()}
             if len(places) > 1:
                 raise RuntimeError(f"operation not permitted when stream is capturing: {operation} between {places}")

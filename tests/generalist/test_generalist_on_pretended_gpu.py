@@ -102,6 +102,9 @@ def test_a_capture_that_reads_a_value_or_the_host_is_seen() -> None:
 
         with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
             record(copying)
+        with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
+            record(lambda: there + torch.tensor(1.0, device=pretended.DEVICE))
+        record(lambda: there + torch.tensor(1.0))  # which travels with the kernel
         with pytest.raises(RuntimeError, match="device"):
             record(lambda: there + here)
         with pytest.raises(RuntimeError, match="_local_scalar_dense"):
