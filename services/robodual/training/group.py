@@ -82,10 +82,14 @@ def joined(device: str = "auto") -> Iterator[Group]:
         yield Group(place)
         return
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
+    failed = True
     try:
-        yield Group(place, rank, size, dist.new_group(backend="gloo", timeout=PATIENCE))
+        yield Group(place, rank, size, hosts)
+        failed = False
     finally:
-        dist.destroy_process_group()
+        # NCCL ends together: a process that fails alone would wait here for the others, and they for it.
+        dist.destroy_process_group(hosts if failed and place.type == "cuda" else None)
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:
