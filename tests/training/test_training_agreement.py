@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -97,6 +98,19 @@ def test_a_failed_save_is_known_to_all(tmp_path: Path) -> None:
     assert other[:2] == (6, [])
     assert "No space left on device" in leading[2]
     assert "the leading process could not write it" in other[2]
+
+
+def test_an_evaluation_finds_the_memory_that_the_steps_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its services are other processes, for which what PyTorch keeps of a GPU is not there."""
+    happened: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("freed"))
+
+    def evaluate(path: Path) -> dict[str, float]:
+        happened.append(path.name)
+        return {}
+
+    run(Group(torch.device("cpu")), tmp_path, 4, evaluate=evaluate)
+    assert happened == ["freed", "step-00000002", "freed", "step-00000004"]
 
 
 def be_late(group: Group) -> tuple[bool, str]:

@@ -318,6 +318,7 @@ def _evaluated(evaluate: Evaluate | None, folder: Folder, step: int, group: Grou
     found: dict[str, float] = {}
     if group.leads and evaluate is not None:
         start = time.perf_counter()
+        torch.cuda.empty_cache()  # what the steps' activations took is for the services, which are other processes
         found = {f"eval_{name}": value for name, value in evaluate(folder.path / name_of(step)).items()}
         found["eval_seconds"] = time.perf_counter() - start
     group.wait()
