@@ -73,6 +73,6 @@ def test_captured_steps(dtype: torch.dtype, sensors: str) -> None:
 def test_float32_is_float32_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's default
-    assert choose("cuda:1") == torch.device("cuda:1")
+    assert (choose("cuda"), choose("cuda:1")) == (torch.device("cuda:0"), torch.device("cuda:1"))
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32

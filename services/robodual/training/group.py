@@ -93,9 +93,5 @@ def joined(device: str = "auto") -> Iterator[Group]:
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:
-    """With its number on CUDA, which `set_device` and DistributedDataParallel ask for."""
     device = choose(name)
-    if device.type != "cuda":
-        return device
-    number = device.index or 0 if local_rank is None else local_rank
-    return choose(f"cuda:{number}")
+    return device if device.type == "cpu" or local_rank is None else choose(f"cuda:{local_rank}")
