@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,49 +10,11 @@ import torch
 from calvin_data import write_split
 from safetensors.torch import load_file
 from tiny import TINY
+from torchrun import train
 
 from robodual.generalist.engine import load_generalist
 
 assert TINY  # importing its module registers the profile
-
-SCRIPT = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from tiny import SOURCE, SPECIALIST, data, settings
-from dataclasses import replace
-from robodual.training.runs import GeneralistOptions, train_generalist, train_specialist
-
-model, folder, output, batch = sys.argv[2], data(Path(sys.argv[3])), Path(sys.argv[4]), int(sys.argv[5])
-losses = []
-values = settings(output, 4, batch_size=batch, save_steps=2)
-def report(shown):
-    losses.append(shown.loss)
-if model == "specialist":
-    options = replace(SPECIALIST, attention_dropout=0.0)  # its random numbers belong to the process
-    train_specialist(SOURCE, folder, options, values, report=report)
-else:
-    options = GeneralistOptions(lora_rank=4) if model == "generalist" else GeneralistOptions(use_lora=False)
-    values = replace(values, fsdp=model == "fsdp")
-    train_generalist(SOURCE, folder, options, values, resume=(output / "checkpoints").exists(), report=report)
-if losses:
-    (output / "losses.json").write_text(json.dumps(losses))
-"""
-
-
-def train(model: str, processes: int, folder: Path, output: Path) -> list[float]:
-    output.mkdir(exist_ok=True)
-    script = output / "script.py"
-    script.write_text(SCRIPT)
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    arguments = [str(script), str(Path(__file__).parent), model, str(folder), str(output), str(4 // processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*start, *arguments], env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
-    losses: list[float] = json.loads((output / "losses.json").read_text())
-    return losses
 
 
 @pytest.mark.slow
