@@ -67,6 +67,20 @@ def run(group: Group, output: Path, max_steps: int, **options: Any) -> int:
     return train(Line(), Numbers(), torch.stack, settings, group, described={}, **options)
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_autocast_keeps_no_copy_of_a_weight_that_was_gathered(fsdp: bool, tmp_path: Path) -> None:
+    kept: list[bool] = []
+
+    class Looking(Line):
+        def forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            kept.append(torch.is_autocast_cache_enabled())
+            return super().forward(batch)
+
+    settings = Settings(tmp_path, 2, batch_size=2, learning_rate=1e-3, bf16=True, fsdp=fsdp)
+    train(Looking(), Numbers(), torch.stack, settings, Group(torch.device("cpu")), described={})
+    assert kept == [not fsdp] * 2
+
+
 def fill_the_disk(output: Path, group: Group) -> tuple[int, list[str], str]:
     """Of a training with no space for its second step's checkpoint, and of one with space for none."""
     write, tried, evaluated = checkpoint.save_file, [], []

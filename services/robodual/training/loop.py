@@ -281,7 +281,9 @@ def _accumulate(
     for turn in range(turns):
         batch = next(batches)
         with contextlib.nullcontext() if turn == turns - 1 else silent():
-            with torch.autocast(device.type, torch.bfloat16, enabled=bool(settings.bf16)):
+            # Copies of weights that are gathered one block at a time are not kept until all have been.
+            kept = not settings.fsdp
+            with torch.autocast(device.type, torch.bfloat16, enabled=bool(settings.bf16), cache_enabled=kept):
                 loss, metrics = wrapped(batch)
             (loss / turns).backward()
         losses.append(loss.detach())
