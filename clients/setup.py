@@ -4,18 +4,10 @@ import re
 from pathlib import Path
 
 from setuptools import setup
-from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 PROTOS = HERE.parent / "protos"
 WIRE = HERE / "robodual_client" / "wire"
-
-
-class build_py_with_wire(build_py):
-    def run(self) -> None:
-        if PROTOS.is_dir():  # an sdist carries the built files instead
-            compile_protos()
-        super().run()
 
 
 def compile_protos() -> None:
@@ -36,4 +28,6 @@ def compile_protos() -> None:
         folder.rmdir()
 
 
-setup(cmdclass={"build_py": build_py_with_wire})
+if PROTOS.is_dir():  # an sdist carries the built files instead
+    compile_protos()
+setup()
