@@ -64,11 +64,11 @@ def convert(
         with stderr.status(f"reading {escape(str(source))}") as status:
             config, state = checkpoint.read(source)
             sensors = None
-            if config is None and profile is None:
-                _, config = fitting(source, state)
-            elif config is None and profile is not None:
-                config, sensors = PROFILES[profile].specialist, checkpoint.flags(state)
-            assert config is not None
+            if config is None:
+                if profile is None:
+                    _, config = fitting(source, state)
+                else:
+                    config, sensors = PROFILES[profile].specialist, checkpoint.flags(state)
             values = sum(value.numel() for value in state.values())
             del state
             status.update(f"writing {escape(str(target))}, then reading it back")

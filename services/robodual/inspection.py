@@ -15,6 +15,7 @@ from robodual.facts import CheckpointError, hash_tensors
 from robodual.generalist.adapters import Adapter, read_adapter
 from robodual.generalist.checkpoint import read_checkpoint
 from robodual.generalist.config import GeneralistConfig
+from robodual.generalist.engine import DTYPES
 from robodual.generalist.model import build
 from robodual.generalist.weights import Entry, check, headers, opened, shard_files
 from robodual.profiles import PROFILES
@@ -22,7 +23,6 @@ from robodual.specialist import checkpoint as specialist
 from robodual.specialist.config import SpecialistConfig
 from robodual.specialist.policy import Policy, served_dtype
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 

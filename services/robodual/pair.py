@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from robodual.conditioning.valkey import EmbeddedServer
+from robodual.conditioning.valkey import EmbeddedServer, free_port
 from robodual.parent import end_with_parent
 from robodual.serving import settings_file
 from robodual.serving.probe import LOOPBACK, waiting_for
@@ -60,8 +60,8 @@ class Pair:
     def __init__(self, options: Options, log: Callable[[str, str], None] = lambda service, line: None) -> None:
         self.options = options
         self.redis_url = options.redis_url or ""
-        self.ports = {name: options.ports.get(name) or _free_port() for name in SERVICES}
-        self.http_ports = {name: options.http_ports.get(name) or _free_port() for name in SERVICES}
+        self.ports = {name: options.ports.get(name) or free_port() for name in SERVICES}
+        self.http_ports = {name: options.http_ports.get(name) or free_port() for name in SERVICES}
         self._log = log
         self._redis: EmbeddedServer | None = None
         self._processes: dict[str, subprocess.Popen[str]] = {}
@@ -213,13 +213,6 @@ class Pair:
         except ValueError as error:
             raise PairError(str(error)) from error
         return str(value) if value else None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOCAL, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _is_free(port: int) -> bool:

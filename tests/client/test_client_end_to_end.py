@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from fake_services import observation
 
+from robodual.conditioning.valkey import free_port
 from robodual.pair import Options, Pair
 from robodual_client import Answer, AsyncDualSystemClient, DualSystemClient, Timeouts
 from robodual_client.calls import Replicas
@@ -36,7 +36,7 @@ def pair() -> Iterator[Pair]:
 
 @contextmanager
 def another_specialist(pair: Pair) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    port, http_port = _free_port(), _free_port()
+    port, http_port = free_port(), free_port()
     command = [sys.executable, "-m", "robodual", "serve", "specialist", "--profile", "toy"]
     command += ["--port", str(port), "--http-port", str(http_port)]
     environment = {**pair.environment, "ROBODUAL_LOG_LEVEL": "error"}
@@ -192,12 +192,6 @@ def test_missing_camera_is_told_before_the_first_step(pair: Pair) -> None:
         with pytest.raises(InvalidObservation, match=r'lacks obs\["rgb_obs"\]\["rgb_gripper"\]'):
             client.step(obs)
         assert client.step(FRAMES[0]).shape == (7,)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _is_ready(http_port: int) -> bool:

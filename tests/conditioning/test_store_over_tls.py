@@ -1,8 +1,6 @@
 """The store over `rediss://` with certificates on both sides, as an ACL user that may do what is needed and no more."""
 
-import asyncio
 import contextlib
-import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -12,10 +10,11 @@ import numpy as np
 import pytest
 import redis
 import torch
+from relay import relay
 
 from robodual.conditioning.record import Conditioning, Version
 from robodual.conditioning.store import Announced, Interrupted, Store, StoreUnavailable, Subscribed, Tls
-from robodual.conditioning.valkey import EmbeddedServer, find_server
+from robodual.conditioning.valkey import EmbeddedServer, find_server, free_port
 
 PASSWORD = "p@ss/word:#1?"
 QUOTED = "p%40ss%2Fword%3A%231%3F"
@@ -37,35 +36,10 @@ def plain(shared_valkey: EmbeddedServer) -> Iterator[str]:
         client.flushall()
 
 
-@contextlib.asynccontextmanager
-async def relay(plain: str, certificates: Path) -> AsyncIterator[int]:
-    """A port that asks for certificates and hands what it decrypts to the server, as stunnel or a sidecar does."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
-    context.load_verify_locations(certificates / "ca.pem")
-    context.verify_mode = ssl.CERT_REQUIRED
-    target = int(plain.rpartition(":")[2].partition("/")[0])
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError), contextlib.closing(writer):
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        behind = await asyncio.open_connection("127.0.0.1", target)
-        await asyncio.gather(pump(reader, behind[1]), pump(behind[0], writer))
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
-        yield server.sockets[0].getsockname()[1]
-
-
 @contextlib.contextmanager
 def own(certificates: Path) -> Iterator[int]:
     """A server that speaks TLS itself."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    port = free_port()
     lines = [
         "port 0",
         f"tls-port {port}",
@@ -100,7 +74,11 @@ async def port(request: pytest.FixtureRequest, plain: str, certificates: Path) -
         with own(certificates) as port:
             yield port
     else:
-        async with relay(plain, certificates) as port:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+        context.load_verify_locations(certificates / "ca.pem")
+        context.verify_mode = ssl.CERT_REQUIRED
+        async with relay(context, int(plain.rpartition(":")[2].partition("/")[0])) as port:
             yield port
 
 

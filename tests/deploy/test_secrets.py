@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import shutil
-import socket
 import ssl
 import stat
 import subprocess
@@ -17,10 +15,11 @@ import pytest
 import torch
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
+from relay import relay
 
 from robodual.conditioning.record import Conditioning
 from robodual.conditioning.store import Announced, Store, StoreUnavailable, Subscribed
-from robodual.conditioning.valkey import find_server
+from robodual.conditioning.valkey import find_server, free_port
 from robodual.serving.auth import Authenticator
 from robodual.serving.settings import SpecialistSettings
 
@@ -42,9 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def server(folder: Path, *, tls: bool) -> Iterator[int]:
     """A Redis with the configuration that the container gets, but for its paths and its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    port = free_port()
     text = (folder / "redis.conf").read_text().replace(MOUNTED, str(folder)).replace("6379", str(port))
     if not tls:
         text = re.sub(r"^tls-.*\n", "", text.replace("port 0", f"port {port}"), flags=re.MULTILINE)
@@ -68,26 +65,6 @@ def server(folder: Path, *, tls: bool) -> Iterator[int]:
             process.kill()
 
 
-@contextlib.asynccontextmanager
-async def relay(folder: Path, target: int) -> AsyncIterator[int]:
-    """A port that speaks TLS with the certificate and hands what it decrypts to the server."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "redis.pem", folder / "redis.key")
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError), contextlib.closing(writer):
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        behind = await asyncio.open_connection("127.0.0.1", target)
-        await asyncio.gather(pump(reader, behind[1]), pump(behind[0], writer))
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as listening:
-        yield listening.sockets[0].getsockname()[1]
-
-
 @pytest.fixture(params=["its own TLS", "a relay's TLS"])
 async def port(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[int]:
     if request.param == "its own TLS":
@@ -95,7 +72,9 @@ async def port(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[in
             yield port
     else:
         with server(folder, tls=False) as plain:
-            async with relay(folder, plain) as port:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(folder / "redis.pem", folder / "redis.key")
+            async with relay(context, plain) as port:
                 yield port
 
 

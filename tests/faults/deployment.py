@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import psutil
 from proxy import Proxy
 
-from robodual.conditioning.valkey import EmbeddedServer
+from robodual.conditioning.valkey import EmbeddedServer, free_port
 
 START = 240.0  # seconds that a service gets until it is ready
 SETTINGS = {
@@ -36,7 +35,7 @@ class Service:
 
     def __init__(self, name: str, kind: str, redis_url: str, folder: Path, **environment: str) -> None:
         self.name = name
-        self.port, self.http_port = _free_port(), _free_port()
+        self.port, self.http_port = free_port(), free_port()
         self.log = folder / f"{name}.log"
         prefix = f"ROBODUAL_{kind.upper()}_"
         ports = {f"{prefix}PORT": str(self.port), f"{prefix}HTTP_PORT": str(self.http_port)}
@@ -180,10 +179,3 @@ def until(condition: Callable[[], bool], seconds: float, complaint: Callable[[],
     while not condition():
         assert time.monotonic() < deadline, complaint()
         time.sleep(0.02)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

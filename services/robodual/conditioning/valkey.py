@@ -75,7 +75,7 @@ class EmbeddedServer:
             raise RuntimeError("the embedded server is running already")
         output = ""
         for _ in range(ATTEMPTS):
-            port = self._port or _free_port()
+            port = self._port or free_port()
             process, output = self._launch(port)
             if process is not None:
                 self._process, self._port = process, port
@@ -165,7 +165,8 @@ def find_server() -> Path:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

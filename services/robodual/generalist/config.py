@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
-ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
-RESIZE_STRATEGIES: tuple[str, ...] = get_args(ResizeStrategy)
+from robodual.images import STRATEGIES, Strategy
 
 # Above any published model; keeps a hostile config.json from asking for a network of a billion layers.
 MAX_DEPTH = 512
@@ -181,14 +180,14 @@ class TokenConfig:
 class ImageConfig:
     """How a frame becomes the towers' input; one mean and deviation (of RGB in [0, 1]) per tower."""
 
-    strategy: ResizeStrategy = "resize-naive"
+    strategy: Strategy = "resize-naive"
     size: int = 224
     means: tuple[tuple[float, float, float], ...] = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
     deviations: tuple[tuple[float, float, float], ...] = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
 
     def __post_init__(self) -> None:
-        if self.strategy not in RESIZE_STRATEGIES:
-            raise ValueError(f"image_resize_strategy: expected one of {RESIZE_STRATEGIES}, got {self.strategy!r}")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"image_resize_strategy: expected one of {STRATEGIES}, got {self.strategy!r}")
         if not len(self.means) == len(self.deviations) == 2:
             raise ValueError("means, stds: expected two of each, one for each tower")
         if any(not value > 0 for deviation in self.deviations for value in deviation):

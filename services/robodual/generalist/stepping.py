@@ -274,9 +274,8 @@ def _step(model: Generalist, state: _State, count: int, constrained: bool, refin
         return
     guesses = state.tokens.gather(1, places)
     right = (answers == guesses) & (ahead < state.limit)
-    kept = F.pad(right[:, :-1], (1, 0), value=True).cumprod(
-        dim=1
-    )  # an answer counts if all tokens before it were right
+    # An answer counts if all tokens before it were right.
+    kept = F.pad(right[:, :-1], (1, 0), value=True).cumprod(dim=1)
     better = kept.bool()
     if refining:
         beyond = (following + ROW).clamp(max=GENERATED)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -32,9 +32,17 @@ OTHERS = ("ROBODUAL_CLIENT_", "ROBODUAL_GENERALIST_", "ROBODUAL_SPECIALIST_", *T
 
 FILES = ("tokens_file", "tls_certificate", "tls_key", "tls_client_ca", "redis_ca", "redis_certificate", "redis_key")
 
+T = TypeVar("T")
+
+
+def _split(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Listed = Annotated[tuple[T, ...], NoDecode, BeforeValidator(_split)]  # in a variable, comma-separated
 
 
 class Settings(BaseSettings):
@@ -46,7 +54,7 @@ class Settings(BaseSettings):
     config: Path | None = Field(None, description="a TOML file with the tables [shared], [generalist], [specialist]")
     profile: str = "playtable"
     device: str = "auto"
-    devices: Annotated[tuple[str, ...], NoDecode] = Field(
+    devices: Listed[str] = Field(
         (), description="instead of device: one engine on each, behind the one port; comma-separated"
     )
     dtype: str = "auto"
@@ -58,7 +66,7 @@ class Settings(BaseSettings):
     redis_key: Path | None = None
     redis_timeout: Seconds = 2.0
     conditioning_ttl: Seconds = Field(600.0, description="seconds that a conditioning stays in the store")
-    tokens: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="TOKEN or NAME:TOKEN, comma-separated")
+    tokens: Listed[SecretStr] = Field((), description="TOKEN or NAME:TOKEN, comma-separated")
     tokens_file: Path | None = Field(None, description="more tokens, one a line; read again when it changes")
     tls_certificate: Path | None = None
     tls_key: Path | None = None
@@ -78,11 +86,6 @@ class Settings(BaseSettings):
     def places(self) -> tuple[str, ...]:
         """The device of each engine."""
         return self.devices or (self.device,)
-
-    @field_validator("tokens", "devices", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
     @field_validator("tokens")
     @classmethod
@@ -164,7 +167,7 @@ class GeneralistSettings(Settings):
     service: ClassVar[str] = "generalist"
 
     checkpoint: str | None = Field(None, description="a folder, or a hub id (openvla/openvla-7b)")
-    adapters: Annotated[tuple[Path, ...], NoDecode] = Field((), description="LoRA folders, in order; comma-separated")
+    adapters: Listed[Path] = Field((), description="LoRA folders, in order; comma-separated")
     merge_adapters: bool = Field(True, description="false keeps them beside the weights; better with quantisation")
     attention: str = Field("auto", description="auto, sdpa, flash_attention_2 or eager")
     quantisation: str = Field("none", description="none, int8, fp8 or nf4")
@@ -172,11 +175,6 @@ class GeneralistSettings(Settings):
     speculation: bool = Field(True, description="several tokens a forward where guesses were right; the same tokens")
     port: Port = 50051
     http_port: Port = 8051
-
-    @field_validator("adapters", mode="before")
-    @classmethod
-    def _split_adapters(cls, value: object) -> object:
-        return tuple(folder.strip() for folder in value.split(",")) if isinstance(value, str) else value
 
 
 class SpecialistSettings(Settings):
@@ -197,17 +195,12 @@ class SpecialistSettings(Settings):
     http_port: Port = 8052
     max_sessions: Count = 256
     session_ttl: Seconds = Field(300.0, description="seconds without a request after which a session is closed")
-    operators: Annotated[tuple[str, ...], NoDecode] = Field(
+    operators: Listed[str] = Field(
         (), description="names of tokens that show every session on the operator's page; comma-separated"
     )
     max_wait: Seconds = Field(10.0, description="seconds to wait for min_conditioning, if no deadline is sooner")
     degraded_age_steps: int = Field(16, ge=0, description="a conditioning older than this makes answers degraded")
     max_age_steps: int = Field(64, ge=0, description="a conditioning older than this is not used")
-
-    @field_validator("operators", mode="before")
-    @classmethod
-    def _split_operators(cls, value: object) -> object:
-        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
 TABLES = {kind.service: kind for kind in (Settings, GeneralistSettings, SpecialistSettings)}
