@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robodual import vit
 from robodual.specialist import depth, vision
 from robodual.specialist.packing import Linear
 
@@ -33,8 +34,8 @@ class Encoder:
     def __init__(self, module: vision.VisionEncoder | depth.PlainViT) -> None:
         self._embed: Callable[[Tensor], Tensor] = module.embed
         if isinstance(module, vision.VisionEncoder):
-            self._blocks = [_of_vision(cast(vision.Block, block)) for block in module.blocks]
-            self._heads = cast(vision.Block, module.blocks[0]).attn.heads
+            self._blocks = [_of_vision(cast(vit.Block, block)) for block in module.blocks]
+            self._heads = cast(vit.Block, module.blocks[0]).attn.heads
             self._norm = module.norm
         else:
             layers = [cast(nn.ModuleList, layer) for layer in module.transformer.layers]
@@ -64,7 +65,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _of_vision(block: vision.Block) -> _Block:
+def _of_vision(block: vit.Block) -> _Block:
     return _Block(
         norm1=block.norm1,
         qkv=Linear.of(block.attn.qkv),
