@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from robodual.serving.provenance import shown, sources
-from robodual.serving.settings import GeneralistSettings, Settings, SpecialistSettings
+from robodual.serving.settings import SERVICES, Settings
 
 config = typer.Typer(help="What the services are told, and by what.", no_args_is_help=True)
 console = Console()
@@ -42,14 +42,11 @@ def show(
     """Shows every setting's value and where it comes from, secrets masked."""
     given = {} if config is None else {"config": config}
     effective: dict[str, dict[str, dict[str, Any]]] = {}
-    kinds: tuple[type[Settings], ...] = (GeneralistSettings, SpecialistSettings)
-    for kind in kinds:
-        if service in (None, kind.service):
+    for name, kind in SERVICES.items():
+        if service in (None, name):
             chosen = settings(kind, given)
             origin = sources(kind, given)
-            effective[kind.service] = {
-                name: {"value": value, "source": origin[name]} for name, value in shown(chosen).items()
-            }
+            effective[name] = {each: {"value": value, "source": origin[each]} for each, value in shown(chosen).items()}
     if as_json:
         print(json.dumps(effective, indent=2))
         return

@@ -17,13 +17,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from robodual.serving.settings import GeneralistSettings, SpecialistSettings
+from robodual.serving.settings import SERVICES
 
 TIMEOUT = 2.0  # seconds
-SERVICES: dict[str, type[GeneralistSettings] | type[SpecialistSettings]] = {
-    "generalist": GeneralistSettings,
-    "specialist": SpecialistSettings,
-}
 # What a service that listens everywhere is asked at.
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 

@@ -203,7 +203,10 @@ class SpecialistSettings(Settings):
     max_age_steps: int = Field(64, ge=0, description="a conditioning older than this is not used")
 
 
-TABLES = {kind.service: kind for kind in (Settings, GeneralistSettings, SpecialistSettings)}
+SERVICES: dict[str, type[GeneralistSettings] | type[SpecialistSettings]] = {
+    kind.service: kind for kind in (GeneralistSettings, SpecialistSettings)
+}
+TABLES = {Settings.service: Settings, **SERVICES}
 
 
 def is_loopback(host: str) -> bool:
