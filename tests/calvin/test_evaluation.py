@@ -14,6 +14,7 @@ from running import outcomes, start, wait_for_lines, wait_until_gone, workers_of
 
 from robodual_client.calvin import EvaluationError, evaluate, workers
 from robodual_client.calvin.annotations import load
+from robodual_client.calvin.results import load as load_run
 from robodual_client.calvin.results import merge
 from robodual_client.calvin.rollout import run_sequence
 from robodual_client.calvin.sequences import published
@@ -102,6 +103,21 @@ def test_a_folder_with_a_run_is_not_written_over(options: Make) -> None:
         evaluate(options(numbers=(0, 1)))
     with pytest.raises(EvaluationError, match="ep_len is 20, not 30"):
         evaluate(options(numbers=(0, 1), ep_len=30, resume=True))
+
+
+def test_a_folder_that_an_evaluation_writes_into_takes_no_second_one(options: Make, tmp_path: Path) -> None:
+    whole = evaluate(options("whole"))
+    first = start(options("held", policy_options={"pause": 0.05}))
+    wait_for_lines(tmp_path / "held" / "run.json", 1)
+    with pytest.raises(EvaluationError, match="another evaluation is writing into"):
+        evaluate(options("held", seed=1))
+    wait_for_lines(tmp_path / "held" / "sequences.jsonl", 1)
+    with pytest.raises(EvaluationError, match="another evaluation is writing into"):
+        evaluate(options("held", policy_options={"pause": 0.05}, resume=True))
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+    assert outcomes(load_run(tmp_path / "held")) == outcomes(whole)
+    assert (tmp_path / "held" / "sequences.jsonl").read_bytes().count(b"\n") == 8
 
 
 def test_settings_that_a_file_gives_back_as_other_types_resume_the_run(options: Make) -> None:

@@ -1,15 +1,18 @@
 """Runs an evaluation: workers do the sequences, every finished one is on disk at once, and a stopped run resumes.
 
 A run's folder holds run.json (protocol and provenance), sequences.jsonl (one line per finished sequence), results.json
-(the published figures), logs/, and videos/ where asked for.
+(the published figures), logs/, videos/ where asked for, and run.lock, which the evaluation that runs has locked.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from robodual_client.calvin import provenance, records, results
 from robodual_client.calvin.options import EvaluationError, Options
@@ -32,17 +35,18 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
     run.provenance.append(entry)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        _write_run(options.out, run)
-        try:
-            with progress or choose(len(run.sequences) + len(todo)) as shown:
-                sensors = services["specialist"]["sensors"] if services else ()
-                workers = Workers(options, todo, instructions, sensors, run.protocol["models"])
-                _run(workers, options.out, len(run.sequences) + len(todo), run, entry, shown)
-        finally:
-            # Ctrl-C may come between a line's writing and its counting: the file says what is done.
-            run.sequences.update(records.read(options.out / results.SEQUENCES))
+        with _alone(options.out):
             _write_run(options.out, run)
-            run.save(options.out)
+            try:
+                with progress or choose(len(run.sequences) + len(todo)) as shown:
+                    sensors = services["specialist"]["sensors"] if services else ()
+                    workers = Workers(options, todo, instructions, sensors, run.protocol["models"])
+                    _run(workers, options.out, len(run.sequences) + len(todo), run, entry, shown)
+            finally:
+                # Ctrl-C may come between a line's writing and its counting: the file says what is done.
+                run.sequences.update(records.read(options.out / results.SEQUENCES))
+                _write_run(options.out, run)
+                run.save(options.out)
     except OSError as error:
         raise EvaluationError(f"out: {error}; what is finished is kept in {options.out}: --resume goes on") from error
     return run
@@ -82,6 +86,21 @@ def _require_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise EvaluationError(f"out: {folder} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the folder until the block or the process ends, however it ends. Raises EvaluationError if another does."""
+    with (folder / "run.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            cure = "wait for its end or stop it, or choose another folder"
+            raise EvaluationError(f"out: another evaluation is writing into {folder}; {cure}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some clusters' disks have no locks
+                raise
+        yield
 
 
 def _require_video(options: Options) -> None:
