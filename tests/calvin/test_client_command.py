@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from running import wait_for_lines
 
-from robodual_client.calvin import Options
+from robodual_client.calvin import Options, rendering
 from robodual_client.calvin.annotations import load
 from robodual_client.cli import main
 
@@ -168,6 +168,22 @@ def test_without_a_display_or_egl_calvin_runs_on_the_cpu_and_egl_by_name_is_refu
     main([*command, "--out", str(tmp_path / "auto")])
     assert "80 ms a step on the CPU" in capfd.readouterr().err
     assert (tmp_path / "auto" / "sequences.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.skipif("CALVIN_ROOT" not in os.environ, reason="CALVIN_ROOT is not set: needs a checkout of calvin_env")
+def test_a_run_goes_on_with_the_renderer_that_it_began_with_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", str(tmp_path / "no-driver.json"))
+    command = ["evaluate", "--env", "calvin", "--policy", "fake_table:Idle", "--ep-len", "2", "--out", str(tmp_path)]
+    main([*command, "--num-sequences", "1"])
+    main([*command, "--num-sequences", "2", "--render", "cpu", "--scene", "D", "--resume"])
+    assert capsys.readouterr().out.count("results.json") == 2
+    assert (tmp_path / "sequences.jsonl").read_text().count("\n") == 2
+    monkeypatch.setattr(rendering, "choose", lambda render: rendering.Renderer("egl"))  # a machine that has a GPU
+    reason = refused(capsys, *command, "--num-sequences", "3", "--resume")
+    assert "'render': 'cpu'" in reason
+    assert "'render': 'egl'" in reason
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,6 +143,15 @@ def test_it_starts_without_git_from_anywhere_and_prints_nothing(calvin_root: Pat
     assert "Exception ignored" not in answer.stderr.decode()
 
 
+def test_a_reset_does_not_ask_git_again(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    simulator.reset()
+    simulator.reset()
+
+
 def test_another_calvin_env_in_the_process_is_told(calvin_root: Path, tmp_path: Path) -> None:
     package = tmp_path / "calvin_env"
     package.mkdir()

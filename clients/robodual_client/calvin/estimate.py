@@ -20,6 +20,7 @@ def estimate(options: Options) -> str:
 
     Raises EvaluationError for what would stop the run before its first sequence.
     """
+    options = options.settled()
     done = check(options)[0].sequences
     todo = [number for number in options.numbers if number not in done]
     if not todo:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Mapping
 
+from robodual_client.calvin import checkout, rendering, shim
 from robodual_client.calvin.annotations import VALIDATION, load
 from robodual_client.calvin.pace import HOLD
 from robodual_client.calvin.rollout import EPISODE_STEPS
@@ -23,6 +24,8 @@ POLICIES = {
     "random": "robodual_client.calvin.policies:random",
     "zero": "robodual_client.calvin.policies:zero",
 }
+BLIND = ("expert", "random", "zero")
+"""The policies that do not look at pictures."""
 SERVICES = ("generalist", "specialist")
 VIDEO = ("none", "failures", "all")
 VIDEO_FORMATS = ("mp4", "gif")
@@ -116,9 +119,27 @@ class Options:
         """`module:callable` of the environment and of the policy."""
         return ENVIRONMENTS.get(self.env, self.env), POLICIES.get(self.policy, self.policy)
 
+    def settled(self) -> Options:
+        """With what this machine decides for CALVIN: the renderer that "auto" is, in the protocol like one by name. So
+        all workers draw alike, and the run is neither resumed nor merged with another renderer's pictures.
+
+        Raises EvaluationError if the simulator or the renderer is not there.
+        """
+        if self.env != "calvin":
+            return self
+        given = {"scene": "D", "render": "auto", **self.env_options}
+        try:
+            checkout.find(given.get("root")).check_files(given["scene"])
+            shim.require_packages()
+            if self.policy not in BLIND:
+                given["render"] = rendering.choose(given["render"]).name
+        except checkout.SimulatorError as error:
+            raise EvaluationError(f"{self.env} cannot start: {error}") from error
+        return replace(self, env_options=given)
+
     def simulator(self) -> dict[str, Any]:
         """`env_options`, with the cameras of the built-in simulators off where neither policy nor video looks."""
-        looks = self.policy not in ("expert", "random", "zero") or self.video != "none"
+        looks = self.policy not in BLIND or self.video != "none"
         dark: dict[str, dict[str, Any]] = {"playtable": {"render": False}, "calvin": {"cameras": []}}
         return {**({} if looks else dark.get(self.env, {})), **self.env_options}
 
@@ -130,9 +151,10 @@ class Options:
             raise EvaluationError(str(error)) from error
 
     def protocol(self) -> dict[str, Any]:
-        """What two runs must share for their sequences to be merged, or one to be resumed."""
+        """What two runs must share for their sequences to be merged, or one to be resumed: of settled options."""
         return {
             "env": self.env,
+            "simulator": checkout.find(self.env_options.get("root")).commit() if self.env == "calvin" else None,
             "env_options": _what(self.env_options),
             "policy": self.policy,
             "policy_options": _what(self.policy_options),

@@ -29,6 +29,7 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
     Raises EvaluationError, before the first sequence wherever it can be known, with a message of one line.
     """
     instructions = options.instructions()
+    options = options.settled()
     run, services = check(options)
     todo = [number for number in options.numbers if number not in run.sequences]
     entry = provenance.collect(options, services)
@@ -53,7 +54,8 @@ def evaluate(options: Options, progress: Progress | None = None) -> Results:
 
 
 def check(options: Options) -> tuple[Results, dict[str, dict[str, Any]]]:
-    """What an earlier start of the run has finished, and what the services that it asks say of themselves.
+    """What an earlier start of the run (of settled options) has finished, and what the services that it asks say of
+    themselves.
 
     Raises EvaluationError if folder, extras or services do not let it start or go on. Leaves nothing behind.
     """

@@ -32,14 +32,20 @@ def simulator(checkout: Checkout) -> Any:
     plain copy or belongs to another user; and on deletion it disconnects a client that may be disconnected already,
     and prints that it does. Raises SimulatorError if a needed package is missing, or another calvin_env is imported.
     """
+    require_packages()
+    published = _import(checkout)
+    commit = checkout.commit() or "unknown"
+    published.get_git_commit_hash = lambda path: commit
+    return type("Simulator", (published.PlayTableSimEnv,), {"__del__": lambda self: None})
+
+
+def require_packages() -> None:
+    """Raises SimulatorError if one that the simulator needs is missing."""
     missing = [name for name in ("hydra", "omegaconf", "pybullet") if importlib.util.find_spec(name) is None]
     if missing:
         raise SimulatorError(
             f"calvin_env needs {', '.join(missing)}; install with: pip install 'robodual-client[calvin]'"
         )
-    published = _import(checkout)
-    published.get_git_commit_hash = lambda path: checkout.commit() or "unknown"
-    return type("Simulator", (published.PlayTableSimEnv,), {"__del__": lambda self: None})
 
 
 def _import(checkout: Checkout) -> Any:

@@ -27,6 +27,7 @@ def parse_delays(text: str) -> tuple[int, ...]:
 
 def plan(options: Options, delays: tuple[int, ...]) -> dict[int, Options]:
     """The evaluation of each delay. Raises EvaluationError if one of them could not start."""
+    options = options.settled()
     runs = {delay: replace(options, out=folder_of(options.out, delay), delay_steps=delay) for delay in delays}
     for run in runs.values():
         check(run)
