@@ -8,11 +8,11 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from robodual_client.calvin import records
+from robodual_client.calvin import EvaluationError, records
 from robodual_client.calvin.comparison import compare
 from robodual_client.calvin.histogram import Histogram
 from robodual_client.calvin.records import Record
-from robodual_client.calvin.results import Results
+from robodual_client.calvin.results import Results, load
 from robodual_client.calvin.sequences import published
 from robodual_client.calvin.statistics import bootstrap, sign_flip, wilson
 
@@ -61,11 +61,22 @@ def test_a_record_survives_its_line_and_a_torn_line_is_replaced(tmp_path: Path) 
     assert read[7].to_json() == record.to_json()
 
 
-def test_a_bad_line_in_the_middle_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", [b'{"sequence": 1}\n', b"{}\n", b"\x00\r\xff\n", b"\n"])
+def test_a_bad_line_in_the_middle_is_named(tmp_path: Path, bad: bytes) -> None:
     file = tmp_path / "sequences.jsonl"
-    file.write_text('{"sequence": 1}\n{}\n')
-    with pytest.raises(ValueError, match="line 1"):
+    for number in (7, 9):
+        records.append(file, Record(number, published()[number].tasks, 0, [5], 1.0))
+    first, second = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first + bad + second)
+    with pytest.raises(ValueError, match=r"line 2, .*; delete the line, and --resume runs its sequence again"):
         records.read(file)
+
+
+@pytest.mark.parametrize("bad", ["{", "[]", "{}", '{"protocol": 1, "provenance": []}'])
+def test_a_damaged_protocol_is_named(tmp_path: Path, bad: str) -> None:
+    (tmp_path / "run.json").write_text(bad)
+    with pytest.raises(EvaluationError, match=r"run\.json is not a run's protocol and provenance: .*; choose another"):
+        load(tmp_path)
 
 
 def test_a_histogram_keeps_quantiles_and_merges_exactly() -> None:

@@ -90,13 +90,13 @@ def read(path: Path) -> dict[int, Record]:
     if not path.is_file():
         return {}
     records = {}
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
         try:
             record = Record.from_json(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}, is not a sequence's record: {error!r}") from error
+            cure = "delete the line, and --resume runs its sequence again"
+            raise ValueError(f"{path}, line {number}, is not a sequence's record: {error!r}; {cure}") from error
         records[record.sequence] = record
     return records
 

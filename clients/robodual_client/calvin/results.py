@@ -163,11 +163,16 @@ def load(folder: Path) -> Results:
     """The run in the folder, finished or not. Raises EvaluationError if there is none."""
     try:
         run = json.loads((folder / RUN).read_text())
-        return Results(records.read(folder / SEQUENCES), run["protocol"], run["provenance"])
+        protocol, provenance = dict(run["protocol"]), list(run["provenance"])
     except FileNotFoundError:
         raise EvaluationError(f"{folder} holds no evaluation: {RUN} is missing") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(f"{folder}: {error}") from error
+        message = f"{folder / RUN} is not a run's protocol and provenance: {error!r}; choose another folder"
+        raise EvaluationError(message) from error
+    try:
+        return Results(records.read(folder / SEQUENCES), protocol, provenance)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
 
 
 def merge(folders: Iterable[Path], out: Path) -> Results:
