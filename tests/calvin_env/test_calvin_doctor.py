@@ -38,6 +38,7 @@ def _examined(observation: dict[str, Any], **changes: Callable[[np.ndarray], np.
 def test_a_right_observation_has_no_fault(observation: dict[str, Any]) -> None:
     assert {finding.state for finding in examine(observation)} <= {"ok", "note"}
     assert len(examine(observation)) == 6
+    assert "depth_static 2.47 to 4.90" in _examined(observation)["model inputs"].found  # metres less 3.5 / 2.7
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,7 @@ def test_a_right_observation_has_no_fault(observation: dict[str, Any]) -> None:
         ("depth_static", lambda depth: 10 * (1 - 0.01 / depth) / 9.99, "raw depth buffer"),
         ("depth_gripper", lambda depth: 2 * (1 - 0.01 / depth) / 1.99, "raw depth buffer"),
         ("depth_static", lambda depth: (depth - 3.5) / 2.7, "normalised"),
+        ("depth_static", lambda depth: depth - 3.5 / 2.7, "metres less 3.5 / 2.7"),
         ("depth_static", np.flipud, "metres, 3.77 to 6.2, upside down"),
         ("depth_gripper", lambda depth: 1 / depth, "at the red block, 0.279 m away"),
     ],

@@ -53,6 +53,8 @@ _SPOTS = {
 _SIDES = {"static": 200, "gripper": 84}
 _TOLERANCE = {"static": 0.05, "gripper": 0.01}  # metres: less than between the things on the stage and their grounds
 _LIT, _DARK = 0.35, 0.25  # of full brightness
+# What the published code subtracts from static depth: it means to normalise 3.5 to 6.2 m, and does not divide.
+_OFFSET = 3.5 / (6.2 - 3.5)
 # Mean of the static frame's channels on the stage: OpenGL, which drew CALVIN's dataset, and pybullet's CPU renderer.
 _OPENGL, _CPU = np.array([168.6, 147.6, 128.1]), np.array([145.9, 128.7, 112.9])
 # Quarter turns, then a mirroring left to right; what the whole amounts to.
@@ -157,7 +159,8 @@ def _depth(subject: str, depth: np.ndarray, camera: str) -> Finding:
             lambda value: far * 0.01 / (far - (far - 0.01) * value) if 0 <= value <= 1 else math.nan,
             f"convert it: {far:g} * 0.01 / ({far:g} - ({far:g} - 0.01) * value)",
         ),
-        "normalised": (lambda value: value * 2.7 + 3.5, "send metres: the specialist subtracts 3.5 and divides by 2.7"),
+        "normalised": (lambda value: value * 2.7 + 3.5, "send metres: the specialist itself subtracts 3.5 / 2.7"),
+        "metres less 3.5 / 2.7": (lambda value: value + _OFFSET, "send metres: the specialist itself subtracts it"),
     }
     for (turns, mirrored), orientation in _ORIENTATIONS.items():
         turned = _turn(depth, turns, mirrored)
@@ -210,7 +213,7 @@ def _proprioception(robot_obs: np.ndarray) -> Finding:
 def _model_inputs(observation: Mapping[str, Any]) -> Finding:
     """What the networks get to see of the observation, against what they were trained on.
 
-    Depth goes in as (metres - 3.5) / 2.7, proprioception as it is; colours as they were drawn.
+    Static depth goes in as metres less 3.5 / 2.7, proprioception as it is; colours as they were drawn.
     """
     present = {**observation.get("rgb_obs", {}), **observation.get("depth_obs", {}), "proprio": None}
     sensors = [sensor for sensor in SENSORS if sensor in present]
@@ -220,10 +223,11 @@ def _model_inputs(observation: Mapping[str, Any]) -> Finding:
         return Finding("model inputs", "fault", str(error), "the client refuses this observation")
     parts = []
     if "depth_static" in present:
-        scaled = (np.asarray(present["depth_static"]) - 3.5) / 2.7
-        parts.append(f"depth_static {scaled.min():.2f} to {scaled.max():.2f}")
-        if scaled.min() < -0.1 or scaled.max() > 1.2:
-            return Finding("model inputs", "fault", parts[0], "(depth_static - 3.5) / 2.7 was 0 to 1 in training")
+        depth = np.asarray(present["depth_static"]) - _OFFSET
+        parts.append(f"depth_static {depth.min():.2f} to {depth.max():.2f}")
+        if depth.min() < 1.9 or depth.max() > 5.4:
+            remedy = "metres less 3.5 / 2.7 were about 2.2 to 4.9 in training"
+            return Finding("model inputs", "fault", parts[0], remedy)
     mean = np.asarray(present["rgb_static"]).reshape(-1, 3).mean(axis=0)
     parts.append(f"rgb_static mean {np.round(mean).astype(int).tolist()}")
     found = ", ".join(parts)
