@@ -10,7 +10,7 @@ import imageio_ffmpeg
 import pytest
 from fake_table import FakeTable
 
-from robodual_client.calvin import Options, Results, evaluate
+from robodual_client.calvin import EvaluationError, Options, Results, evaluate
 from robodual_client.calvin.report import write
 from robodual_client.calvin.sequences import published
 from robodual_client.calvin.video import HOLD, Video
@@ -64,6 +64,25 @@ def test_a_film_that_is_cut_short_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_film_of_one_camera_and_of_an_instruction_in_two_lines(tmp_path: Path) -> None:
+    obs = FakeTable().reset(*published()[0].observations())
+    del obs["rgb_obs"]["rgb_gripper"]
+    with Video(tmp_path / "0000.mp4", tasks=5, ep_len=10) as video:
+        video.start(obs, 0, "open\nthe drawer")
+        video.step(obs, 0, None)
+        video.finish(True)
+    assert frames(tmp_path / "0000.mp4") == 2 + HOLD
+
+
+def test_without_ffmpeg_a_filmed_run_does_not_start(
+    options: Callable[..., Options], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
+    with pytest.raises(EvaluationError, match=r"video: IMAGEIO_FFMPEG_EXE is .*ffmpeg, which is no program"):
+        evaluate(options(numbers=(0,), video="failures"))
+    assert not (tmp_path / "run").exists()
 
 
 class Links(HTMLParser):

@@ -108,10 +108,14 @@ def _alone(folder: Path) -> Iterator[None]:
 def _require_video(options: Options) -> None:
     if options.video != "none":
         try:
-            from robodual_client.calvin import video  # noqa: F401
+            from robodual_client.calvin import video
+
+            video.encoder()
         except ImportError as error:
             cure = "install the extra: pip install 'robodual-client[report]'"
             raise EvaluationError(f"video: {error}; {cure}") from error
+        except RuntimeError as error:
+            raise EvaluationError(f"video: {error}") from error
 
 
 def _earlier(options: Options, models: dict[str, dict[str, str]]) -> Results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,14 @@ _INK, _MUTED, _GROUND, _TRACK = (236, 239, 244), (146, 155, 168), (17, 20, 25), 
 _GOOD, _BAD, _ACCENT = (52, 199, 124), (240, 92, 92), (92, 156, 255)
 
 
+def encoder() -> str:
+    """ffmpeg's path. Raises RuntimeError, with what to do, where there is none."""
+    path = imageio_ffmpeg.get_ffmpeg_exe()
+    if shutil.which(path) is None:
+        raise RuntimeError(f"IMAGEIO_FFMPEG_EXE is {path}, which is no program; correct it, or unset it")
+    return path
+
+
 class Video:
     """Encodes while the sequence runs; a rollout's watcher, and a context manager.
 
@@ -47,7 +56,7 @@ class Video:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._ffmpeg = subprocess.Popen(
             [
-                *(imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"),
+                *(encoder(), "-y", "-loglevel", "error"),
                 *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-r", str(RATE), "-i", "-"),
                 *_ENCODING[path.suffix],
                 *("-threads", "1", str(self._part)),
@@ -75,7 +84,7 @@ class Video:
         self._part.replace(self._path)
 
     def start(self, obs: Observation, subtask: int, instruction: str) -> None:
-        self._instruction, self._subtask = instruction, subtask
+        self._instruction, self._subtask = " ".join(instruction.split()), subtask
         self._caption = self._draw_caption()
         self._title = f"task {subtask + 1} of {self._tasks}"
         self._show(obs, 0, None)
@@ -111,8 +120,9 @@ class Video:
     def _show(self, obs: Observation, step: int, age: int | None) -> None:
         picture = Image.new("RGB", (WIDTH, HEIGHT), _GROUND)
         for index, camera in enumerate(("rgb_static", "rgb_gripper")):
-            frame = Image.fromarray(np.asarray(obs["rgb_obs"][camera]))
-            picture.paste(frame.resize((PANEL, PANEL), Image.Resampling.BICUBIC), (index * PANEL, 0))
+            if camera in obs["rgb_obs"]:  # of a simulator with one camera, the other half stays dark
+                frame = Image.fromarray(np.asarray(obs["rgb_obs"][camera]))
+                picture.paste(frame.resize((PANEL, PANEL), Image.Resampling.BICUBIC), (index * PANEL, 0))
         picture.paste(self._caption, (0, PANEL))
         draw = ImageDraw.Draw(picture)
         draw.rectangle((0, PANEL, WIDTH, PANEL + 2), fill=_TRACK)
