@@ -140,6 +140,7 @@ def test_comparison_pairs_the_sequences_that_both_runs_have() -> None:
     assert compared.difference_interval == (1.0, 1.0)
     assert [row.a for row in compared.chains] == a.chain_rates()
     assert "new is better" in compared.table("old", "new")
+    assert compared.table("old", "new").splitlines()[1].split() == ["chains", "8", "7"]
     assert "no difference beyond chance" in compare(a, a).table("one", "same")
     with pytest.raises(ValueError, match="no sequence in common"):
         compare(run([]), a)

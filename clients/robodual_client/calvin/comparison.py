@@ -33,6 +33,7 @@ class Comparison:
     chains: list[Row]
     tasks: list[Row]
     length: Row
+    counts: tuple[int, int]  # chains of A and of B
     shared: int
     difference: float
     difference_interval: tuple[float, float]
@@ -42,7 +43,7 @@ class Comparison:
 
     def table(self, a: str, b: str) -> str:
         """As text; `a` and `b` are the runs' names."""
-        lines = [f"{'':<26} {a:>24} {b:>24}"]
+        lines = [f"{'':<26} {a:>24} {b:>24}", f"{'chains':<26} {self.counts[0]:>24} {self.counts[1]:>24}"]
         lines += [_line(row, 100, 1) for row in self.chains]
         lines.append(_line(self.length, 1, 3))
         lines += ["", *(_line(row, 100, 1) for row in self.tasks)]
@@ -78,6 +79,7 @@ def compare(a: Results, b: Results) -> Comparison:
         chains=chains,
         tasks=tasks,
         length=length,
+        counts=(len(a.sequences), len(b.sequences)),
         shared=len(shared),
         difference=difference,
         difference_interval=bootstrap(differences),

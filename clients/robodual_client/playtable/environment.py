@@ -70,7 +70,7 @@ class PlayTable:
         """One control step of 1/30 s with a relative action [7].
 
         action[:3] / 50 metres and action[3:6] / 20 radians (Euler angles) are added to the target pose; the gripper
-        closes for action[6] < 0 and opens otherwise. Reward and done are always 0 and False: the task oracle judges.
+        opens for action[6] > 0 and closes otherwise. Reward and done are always 0 and False: the task oracle judges.
         Raises ValueError when the action is not seven finite numbers.
         """
         self._arm.apply(_checked(action, ACTION_SIZE, "action"))
