@@ -63,9 +63,10 @@ def test_a_sweep_draws_success_against_delay_and_resumes(tmp_path: Path, capsys:
     assert (out / "sweep.html").is_file()
     assert (out / "delay-03" / "report.html").is_file()
     before = (out / "delay-03" / "sequences.jsonl").read_bytes()
-    main([*command, "--delays", "0,3,4", "--resume"])
+    main([*command, "--delays", "4", "--resume"])
     assert (out / "delay-03" / "sequences.jsonl").read_bytes() == before
     figures = json.loads((out / "sweep.json").read_text())["delays"]
+    assert list(figures) == ["0", "3", "4"]
     assert figures["4"]["avg_seq_len"] == 0  # and with four, one step too late
     capsys.readouterr()
     assert "delays: must be control steps" in refused(capsys, *command, "--delays", "0,x")

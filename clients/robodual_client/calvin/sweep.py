@@ -13,6 +13,7 @@ from robodual_client.calvin.sequences import CHAIN
 from robodual_client.calvin.statistics import bootstrap, wilson
 
 SWEEP, PAGE = "sweep.json", "sweep.html"
+_FOLDER = "delay-"
 
 Sweep = Mapping[int, Results]  # by delay, in control steps
 
@@ -26,9 +27,14 @@ def parse_delays(text: str) -> tuple[int, ...]:
 
 
 def plan(options: Options, delays: tuple[int, ...]) -> dict[int, Options]:
-    """The evaluation of each delay. Raises EvaluationError if one of them could not start."""
+    """The evaluation of each delay, and of those that a resumed sweep has begun already.
+
+    Raises EvaluationError if one of them could not start.
+    """
     options = options.settled()
-    runs = {delay: replace(options, out=folder_of(options.out, delay), delay_steps=delay) for delay in delays}
+    begun = [folder.name[len(_FOLDER) :] for folder in options.out.glob(f"{_FOLDER}*")] if options.resume else []
+    chosen = sorted({*delays, *(int(delay) for delay in begun if delay.isdecimal())})
+    runs = {delay: replace(options, out=folder_of(options.out, delay), delay_steps=delay) for delay in chosen}
     for run in runs.values():
         check(run)
     return runs
@@ -49,7 +55,7 @@ def sweep(options: Options, delays: tuple[int, ...], note: Callable[[str], None]
 
 def folder_of(out: Path, delay: int) -> Path:
     """Where the run of one delay lies in the sweep's folder."""
-    return out / f"delay-{delay:02d}"
+    return out / f"{_FOLDER}{delay:02d}"
 
 
 def to_json(runs: Sweep) -> dict[str, Any]:

@@ -32,7 +32,7 @@ _GOOD, _BAD, _ACCENT = (52, 199, 124), (240, 92, 92), (92, 156, 255)
 
 def encoder() -> str:
     """ffmpeg's path. Raises RuntimeError, with what to do, where there is none."""
-    path = imageio_ffmpeg.get_ffmpeg_exe()
+    path: str = imageio_ffmpeg.get_ffmpeg_exe()
     if shutil.which(path) is None:
         raise RuntimeError(f"IMAGEIO_FFMPEG_EXE is {path}, which is no program; correct it, or unset it")
     return path
