@@ -77,7 +77,7 @@ class Video:
             self._part.unlink(missing_ok=True)
             return
         failure = self._failure()
-        if self._ffmpeg.returncode != 0:
+        if self._ffmpeg.returncode != 0 or failure.errno in FULL:  # ffmpeg 4 loses a film's end with status 0
             self._part.unlink(missing_ok=True)
             raise failure
         self._last.save(self._path.with_suffix(".jpg"), quality=82)
