@@ -239,7 +239,12 @@ def demo(
     folder = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     shown = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "pair").exists():
+            raise EvaluationError(f"--out: {folder} already holds a demo; choose another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvaluationError(f"--out: {error}; choose another folder") from error
         with (folder / "services.log").open("a") as log, _pair(Options(profile=profile), _writer(log)) as pair:
             console.print(_pair_table(pair))
             console.rule(f"{sequences} sequences through both services ({profile})")
