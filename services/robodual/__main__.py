@@ -6,8 +6,8 @@ import signal
 
 def main() -> None:
     """Runs the command line."""
-    # The first process of a container, which this may be, ignores a signal that has no handler.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+    if os.getpid() == 1:  # a container's first process, which no signal ends that it has no handler for
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     try:
         from robodual import cli
     except KeyboardInterrupt:
