@@ -140,6 +140,9 @@ def test_what_can_be_known_before_the_first_sequence_is_one_line(
     assert "policy gazebo:Brain cannot start" in refused(capsys, "evaluate", *out, "--policy", "gazebo:Brain")
     nobody = ["--generalist", "127.0.0.1:9", "--specialist", "127.0.0.1:9"]
     assert "127.0.0.1:9" in refused(capsys, "evaluate", "--env", "fake_table:FakeTable", *nobody, *out)
+    replicas = [*nobody[:-1], "127.0.0.1:9,127.0.0.1:10"]
+    message = refused(capsys, "evaluate", "--env", "fake_table:FakeTable", *replicas, *out)
+    assert "Failed to connect" in message, "each is an address of its own"
 
 
 def test_a_missing_or_wrong_checkout_is_one_line_before_the_first_sequence(

@@ -73,7 +73,7 @@ def add_services(group: Any) -> None:
         "--specialist",
         default="127.0.0.1:50052",
         metavar="ADDRESS",
-        help="or dns:///NAME:PORT for replicas (127.0.0.1:50052)",
+        help="of replicas several, comma-separated, or dns:///NAME:PORT (127.0.0.1:50052)",
     )
     group.add_argument("--schedule", default="published", help="published, every-N or async (published)")
     group.add_argument("--otlp", metavar="URL", help="collector that gets a trace of each step (none)")
@@ -85,7 +85,8 @@ def add_services(group: Any) -> None:
 
 def services(given: argparse.Namespace) -> dict[str, Any]:
     """The options of the policy `services` that the flags of `add_services` ask for."""
-    options = {"generalist": given.generalist, "specialist": given.specialist, "schedule": given.schedule}
+    replicas = given.specialist.split(",")
+    options = {"generalist": given.generalist, "specialist": replicas, "schedule": given.schedule}
     if given.otlp:
         options["traces"] = given.otlp
     files = {name: path for name in ("ca", "certificate", "key") if (path := getattr(given, f"tls_{name}"))}
