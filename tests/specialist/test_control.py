@@ -109,6 +109,7 @@ def test_a_restored_loop_gives_the_same_actions_bit_for_bit() -> None:
         ({"chunks": np.full((2, 8, 7), np.nan, np.float32)}, "chunks"),
         ({"chunk_steps": np.array([1], np.int32)}, "chunk_steps"),
         ({"chunk_steps": np.array([2, 1], np.int32)}, "chunk_steps"),
+        ({"chunk_steps": np.array([1, 1], np.int32)}, "chunk_steps"),
         ({"chunk_steps": np.array([-1, 1], np.int32)}, "chunk_steps"),
         ({"chunk_steps": np.array([0, 8], np.int32)}, "chunk_steps"),
         ({"chunk_steps": np.array([-(2**31), 2**31 - 1], np.int32)}, "chunk_steps"),
