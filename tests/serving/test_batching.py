@@ -6,7 +6,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from robodual.serving.batching import MOST_PATIENCE, PATIENCE, Batcher
+from robodual.serving import batching as module
+from robodual.serving.batching import Batcher
 from robodual.serving.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from robodual.serving.metrics import Metrics
 
@@ -72,16 +73,23 @@ async def test_an_idle_model_takes_a_request_at_once() -> None:
     assert min(times) < 0.005
 
 
-class Slow(Model):
-    """Takes long enough for all of the patience there is."""
-
-    def __call__(self, items: Sequence[int]) -> list[int]:
-        time.sleep(1.5 * MOST_PATIENCE / PATIENCE)
-        return super().__call__(items)
+PATIENT = 0.3  # seconds, so that what a loaded machine takes for anything is small beside it
 
 
-@asynccontextmanager
-async def after_a_batch_of_two() -> AsyncIterator[tuple[Model, Batcher[int, int]]]:
+AfterTwo = tuple[Model, Batcher[int, int]]
+
+
+@pytest.fixture
+async def after_two(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[AfterTwo]:
+    """A model and its queue after a batch of two that took long enough for all of the patience there is."""
+    monkeypatch.setattr(module, "MOST_PATIENCE", PATIENT)
+    monkeypatch.setattr(module, "PATIENCE", 10.0)
+
+    class Slow(Model):
+        def __call__(self, items: Sequence[int]) -> list[int]:
+            time.sleep(1.5 * PATIENT / 10.0)
+            return super().__call__(items)
+
     model = Slow()
     model.go.set()
     async with batching(model) as batcher:
@@ -90,28 +98,34 @@ async def after_a_batch_of_two() -> AsyncIterator[tuple[Model, Batcher[int, int]
         yield model, batcher
 
 
-async def test_sessions_of_a_batch_come_back_together() -> None:
-    async with after_a_batch_of_two() as (model, batcher):
-        tasks = [asyncio.ensure_future(batcher.submit(3, session="a"))]
-        await asyncio.sleep(0)
-        await asyncio.sleep(MOST_PATIENCE / 5)
-        tasks.append(asyncio.ensure_future(batcher.submit(4, session="b")))
-        await asyncio.gather(*tasks)
+async def test_sessions_of_a_batch_come_back_together(after_two: AfterTwo) -> None:
+    model, batcher = after_two
+    tasks = [asyncio.ensure_future(batcher.submit(3, session="a"))]
+    await asyncio.sleep(0)
+    await asyncio.sleep(PATIENT / 5)
+    tasks.append(asyncio.ensure_future(batcher.submit(4, session="b")))
+    await asyncio.gather(*tasks)
     assert model.batches[1:] == [[3, 4]]
 
 
-async def test_a_session_that_comes_back_alone_waits_no_longer_than_that() -> None:
-    async with after_a_batch_of_two() as (model, batcher):
-        alone = await batcher.submit(3, session="a")
-        assert 0 < alone.queued < 5 * MOST_PATIENCE
-        assert (await batcher.submit(4, session="a")).queued < MOST_PATIENCE
+async def test_a_session_that_comes_back_alone_waits_no_longer_than_that(after_two: AfterTwo) -> None:
+    model, batcher = after_two
+    alone = await batcher.submit(3, session="a")
+    assert PATIENT / 2 < alone.queued < 5 * PATIENT
+    assert (await batcher.submit(4, session="a")).queued < PATIENT
     assert model.batches[1:] == [[3], [4]]
 
 
-async def test_nobody_waits_for_a_batch_of_long_ago() -> None:
-    async with after_a_batch_of_two() as (_, batcher):
-        await asyncio.sleep(2 * MOST_PATIENCE)
-        assert (await batcher.submit(3, session="c")).queued < MOST_PATIENCE
+async def test_nobody_waits_for_a_batch_of_long_ago(after_two: AfterTwo) -> None:
+    _, batcher = after_two
+    await asyncio.sleep(1.1 * PATIENT)
+    assert (await batcher.submit(3, session="c")).queued < PATIENT
+
+
+async def test_nobody_waits_for_a_session_that_was_alone(after_two: AfterTwo) -> None:
+    _, batcher = after_two
+    await batcher.submit(3, session="a")
+    assert (await batcher.submit(4, session="b")).queued < PATIENT / 2
 
 
 async def test_a_session_that_was_alone_does_not_wait_for_a_turn_of_the_event_loop() -> None:
@@ -246,6 +260,25 @@ async def test_other_work_that_never_ends_and_batches_take_turns() -> None:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
     assert order.count(0) in range(8, 13), "a call for each batch"
+
+
+async def test_batches_that_never_end_and_other_work_take_turns() -> None:
+    model = Model()
+    model.go.set()
+    async with batching(model, max_batch=1) as batcher:
+
+        async def busy(session: str) -> None:
+            while True:
+                await batcher.submit(1, session=session)
+
+        robots = [asyncio.create_task(busy(session)) for session in "abc"]
+        for _ in range(5):
+            before = len(model.batches)
+            await asyncio.wait_for(batcher.call(str), 5)
+            assert len(model.batches) - before <= 2
+        for robot in robots:
+            robot.cancel()
+        await asyncio.gather(*robots, return_exceptions=True)
 
 
 async def test_a_request_cancelled_in_a_batch_that_fails_is_not_run_again() -> None:
