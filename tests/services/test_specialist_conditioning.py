@@ -109,6 +109,10 @@ async def test_an_old_conditioning_degrades_answers_and_then_ends_them(
         await opened(replica, store)
         answers = await drive(replica, range(5))
         assert [answer.degraded for answer in answers] == [False, False, False, True, True]
+        metrics = replica.server.metrics
+        await until(lambda: metrics.degraded._value.get() == 2)
+        assert metrics.conditioning_age._sum.get() == 0 + 1 + 2 + 3 + 4
+        assert 0 < metrics.conditioning_staleness._sum.get() < 60 * 5
         code, details = await status(replica.stub.Act(act("robot", 5)))
         assert code == grpc.StatusCode.FAILED_PRECONDITION
         assert "5 steps ago; at most 4 (max_age_steps): ask the generalist" in details
@@ -145,6 +149,7 @@ async def test_a_lost_store_degrades_answers_until_it_is_back(specialist_engine:
         await until(lambda: not replica.server.readiness.ready)
         answers = await drive(replica, range(2, 4))
         assert all(answer.degraded for answer in answers)
+        assert replica.server.metrics.store_up._value.get() == 0
         await replica.stub.Reset(wire.ResetRequest(session_id="late", episode=1))
         code, details = await status(replica.stub.Act(act("late", 0), timeout=10))
         assert code == grpc.StatusCode.FAILED_PRECONDITION

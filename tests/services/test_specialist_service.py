@@ -23,8 +23,10 @@ from replicas import (
 
 from robodual.conditioning import codec
 from robodual.conditioning.store import Store
+from robodual.serving.metrics import Metrics
 from robodual.specialist.control import noise, reference_actions
 from robodual.specialist.engine import SpecialistEngine
+from robodual.specialist.sessions import Sessions
 from robodual_client import tensors, wire
 
 
@@ -123,6 +125,7 @@ async def test_an_episode_may_be_reset_until_its_first_action(replica: Replica, 
 
 
 async def test_an_episode_that_one_client_has_begun_is_not_reset_by_another(replica: Replica, store: Store) -> None:
+    await opened(replica, store)  # which does not say who it is
     await opened(replica, store, client=1, seed=1)
     await opened(replica, store, client=1, seed=1)
     code, details = await status(replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=1, client=2)))
@@ -317,10 +320,21 @@ async def test_there_are_so_many_sessions_and_idle_ones_make_room(
         code, details = await status(replica.stub.Reset(wire.ResetRequest(session_id="three", episode=1)))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "all 2 sessions" in details
-        await asyncio.sleep(0.6)
+        sessions = replica.server.metrics.sessions
+        assert sessions._value.get() == 2
+        await until(lambda: sessions._value.get() == 0)  # nobody asks for their places
         await replica.stub.Reset(wire.ResetRequest(session_id="three", episode=1))
         code, _ = await status(replica.stub.Act(act("one", 0)))
         assert code == grpc.StatusCode.NOT_FOUND
+
+
+def test_a_new_session_takes_the_place_of_one_whose_time_is_over_and_of_no_other() -> None:
+    sessions = Sessions(most=2, ttl=0.0, metrics=Metrics())
+    sessions.open("over")
+    busy = sessions.open("busy")
+    busy.used_at += 60
+    sessions.open("new")
+    assert [session.identity for session in sessions.all()] == ["busy", "new"]
 
 
 async def test_a_model_that_fails_is_an_internal_error_for_its_caller_alone(

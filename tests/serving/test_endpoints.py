@@ -116,6 +116,13 @@ async def test_reflection_needs_a_token_and_health_does_not() -> None:
         assert {rpc.SPECIALIST, "grpc.health.v1.Health"} <= names
 
 
+async def test_health_of_a_service_that_is_not_here_is_not_found() -> None:
+    async with started() as server, channel_to(server) as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match=r"expected one of robodual\.v1\.Specialist, or none") as refused:
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="robodual.v1.Act"))
+        assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+
+
 async def test_http_asks_for_the_same_token_but_not_for_health() -> None:
     async with started(tokens=TOKENS) as server:
         for path in ("/metrics", "/info", "/openapi.json"):

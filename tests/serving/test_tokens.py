@@ -36,9 +36,16 @@ def test_a_name_is_the_owner_and_without_one_the_token_itself_is() -> None:
     assert bare.owner[1:] not in tokens.digest(OTHER).hex()
 
 
+def test_a_token_of_sixteen_characters_is_one_and_shows_nothing_of_what_opens() -> None:
+    (token,) = parsed("arm-1:" + 16 * "x")
+    assert token.digest == tokens.digest(16 * "x")
+    assert repr(token) == "Token(owner='arm-1')"
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
+        ((15 * "x",), "number 1: each token must be at least 16"),
         (("short",), "number 1: each token must be at least 16"),
         ((OLD, "name:short"), "number 2: each token must be at least 16"),
         (("name:with spaces in it, which is too many",), "number 1: each token"),
