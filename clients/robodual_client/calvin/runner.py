@@ -7,12 +7,12 @@ A run's folder holds run.json (protocol and provenance), sequences.jsonl (one li
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, TextIO
 
 from robodual_client.calvin import provenance, records, results
 from robodual_client.calvin.options import EvaluationError, Options
@@ -95,7 +95,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Holds the folder until the block or the process ends, however it ends. Raises EvaluationError if another does."""
     with (folder / "run.lock").open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
         except BlockingIOError:
             cure = "wait for its end or stop it, or choose another folder"
             raise EvaluationError(f"out: another evaluation is writing into {folder}; {cure}") from None
@@ -103,6 +103,13 @@ def _alone(folder: Path) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some clusters' disks have no locks
                 raise
         yield
+
+
+def _lock(file: TextIO) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _require_video(options: Options) -> None:
