@@ -22,7 +22,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1]
 SYSTEM = re.compile(r"\b(apt-get|useradd|/usr)\b")
-PATHS = re.compile(r"(?<![\w.$}/-])/(opt|source|locks|wheels)\b")
+PATHS = re.compile(r"(?<![\w.$}/-])/(opt|source|locks|wheels|own)\b")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.binpb", "*_pb2.pyi", "build")
 
 
@@ -78,7 +78,10 @@ class Build:
 
     def _copy(self, words: list[str]) -> None:
         if words[0].startswith("--from="):
-            self.build(words[0].removeprefix("--from="))  # its files are here then
+            stage, there, here = words
+            self.build(stage.removeprefix("--from="))  # its files are here then
+            if there != here:
+                shutil.copytree(self._root / there[1:], self._root / here[1:], symlinks=True, dirs_exist_ok=True)
             return
         *sources, target = words
         place = self._root / "source" / target if not target.startswith("/") else self._root / target[1:]
