@@ -15,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from robodual.conditioning.record import MAX_INSTRUCTION, MAX_VALUES, Conditioning, Version
-from robodual.conditioning.store import ForeignSession, Store, StoreUnavailable, Tls
+from robodual.conditioning.store import ForeignSession, Store, StoreUnavailable
 from robodual.facts import together
 from robodual.generalist.engine import GeneralistEngine, Thought, load_generalist
 from robodual.generalist.tokens import GENERATED
 from robodual.profiles import shipped
 from robodual.serving import auth, fields, server
 from robodual.serving.batching import Batcher
+from robodual.serving.connect import connect
+from robodual.serving.device_loss import guarded
 from robodual.serving.errors import InvalidArgument, PermissionDenied, Unavailable
 from robodual.serving.info import describe
 from robodual.serving.leases import Leases
@@ -127,12 +129,7 @@ async def serving(settings: GeneralistSettings, *engines: GeneralistEngine) -> A
     """A generalist service that is ready (the store aside), with `engines` or those it loads; drains on exit."""
     metrics = Metrics()
     readiness = Readiness(model="loading", store="not asked yet")
-    store = Store(
-        settings.redis_url.get_secret_value(),
-        ttl=settings.conditioning_ttl,
-        timeout=settings.redis_timeout,
-        tls=Tls(settings.redis_ca, settings.redis_certificate, settings.redis_key),
-    )
+    store = connect(settings)
     endpoints = Server(settings, readiness, metrics)
     async with contextlib.AsyncExitStack() as cleanup:
         cleanup.push_async_callback(store.close)
@@ -141,7 +138,7 @@ async def serving(settings: GeneralistSettings, *engines: GeneralistEngine) -> A
         models = engines or await asyncio.to_thread(_load, settings)
         batchers = []
         for model in models:
-            think = functools.partial(_think, model)
+            think = guarded(functools.partial(_think, model), model.facts.device, endpoints.fail)
             batcher = Batcher(think, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
             cleanup.push_async_callback(batcher.close)
             await batcher.call(_warm_up, model, settings.max_batch)

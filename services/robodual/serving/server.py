@@ -53,6 +53,9 @@ class Server:
         self.readiness = readiness
         self.metrics = metrics
         self.port = 0
+        self.ended = asyncio.Event()  # set when the service is to end
+        self.failed = False
+        self._loop = asyncio.get_running_loop()
         self._settings = settings
         self._name = {"generalist": rpc.GENERALIST, "specialist": rpc.SPECIALIST}[settings.service]
         metrics.expect(method.name for method in wire.POOL.FindServiceByName(self._name).methods)
@@ -134,6 +137,11 @@ class Server:
         self._end_streams = end_streams
         self._methods.serve(rpc.handler(self._name, servicer, readers))
 
+    def fail(self) -> None:
+        """Has the service end, as one that failed. From any thread."""
+        self.failed = True
+        self._loop.call_soon_threadsafe(self.ended.set)
+
     async def drain(self) -> None:
         """Takes no new calls, lets those in flight finish for `shutdown_grace` seconds, then stops gRPC."""
         self.readiness.lack("serving", "draining")
@@ -197,24 +205,25 @@ def deadline(context: Any) -> float | None:
 def run(settings: Settings, service: AbstractAsyncContextManager[Server]) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Blocks; uses uvloop where it is installed.
 
-    Exits with status 1 and one line in the log where the service cannot start: a port that is taken, a file that is
-    missing, a setting or a checkpoint that does not fit.
+    Exits with status 1 and one line in the log where the service cannot start (a port that is taken, a file that is
+    missing, a setting or a checkpoint that does not fit), and where it fails for good.
     """
     configure(settings)
 
     async def main() -> None:
         async with service as server:
             # Only now: until there is something to drain, ending at once is better.
-            told = asyncio.Event()
             for number in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().add_signal_handler(number, told.set)
+                asyncio.get_running_loop().add_signal_handler(number, server.ended.set)
             # What the start has made stays: a collection that walked through it would hold a step up for 0.1 s.
             gc.collect()
             gc.freeze()
             logger.info("ready", host=settings.host, port=server.port, http_port=server.http_port)
-            await told.wait()
+            await server.ended.wait()
             logger.info("draining")
         logger.info("stopped")
+        if server.failed:
+            raise SystemExit(1)
 
     # By default the loop would first wait for the thread that loads, which cannot be interrupted.
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))

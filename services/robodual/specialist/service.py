@@ -17,10 +17,11 @@ import structlog
 import torch
 
 from robodual.conditioning.record import Version
-from robodual.conditioning.store import Store, Tls
 from robodual.facts import together
 from robodual.serving import auth, fields, server
 from robodual.serving.batching import Batcher
+from robodual.serving.connect import connect
+from robodual.serving.device_loss import guarded
 from robodual.serving.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from robodual.serving.http import Pages
 from robodual.serving.info import describe
@@ -330,12 +331,7 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
     """A specialist service that is ready (the store aside), with `engines` or those it loads; drains on exit."""
     metrics = Metrics()
     readiness = Readiness(model="loading", store="not subscribed yet")
-    store = Store(
-        settings.redis_url.get_secret_value(),
-        ttl=settings.conditioning_ttl,
-        timeout=settings.redis_timeout,
-        tls=Tls(settings.redis_ca, settings.redis_certificate, settings.redis_key),
-    )
+    store = connect(settings)
     sessions = Sessions(
         most=settings.max_sessions,
         most_of_one=settings.max_sessions_per_token,
@@ -353,7 +349,8 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
         models = engines or await asyncio.to_thread(load, settings)
         batchers = []
         for model in models:
-            batcher = Batcher(model.act, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
+            work = guarded(model.act, model.facts.device, endpoints.fail)
+            batcher = Batcher(work, max_batch=settings.max_batch, max_queue=settings.max_queue, metrics=metrics)
             cleanup.push_async_callback(batcher.close)
             await batcher.call(warm_up, model, settings.max_batch)
             batchers.append(batcher)
@@ -368,7 +365,8 @@ async def serving(settings: SpecialistSettings, *engines: SpecialistEngine) -> A
                 )
             if settings.only == "specialist":
                 hidden_states = torch.zeros_like(hidden_states)
-            return await batchers[session.engine].call(model.project, hidden_states)
+            work = guarded(model.project, model.facts.device, endpoints.fail)
+            return await batchers[session.engine].call(work, hidden_states)
 
         feed = Feed(store, sessions, project, readiness=readiness, metrics=metrics)
         cleanup.push_async_callback(feed.close)
