@@ -5,6 +5,7 @@ import grpc
 import numpy as np
 import pytest
 from replicas import Replica, conditioning, frame, generalist, until, version
+from structlog.testing import capture_logs
 
 from robodual.conditioning.record import Version
 from robodual.conditioning.store import Store
@@ -89,8 +90,16 @@ async def test_reset_drops_earlier_episodes_and_close_drops_all(thinker: Replica
 async def test_a_lost_store_is_unavailable_until_it_is_back(generalist_engine: GeneralistEngine) -> None:
     valkey = EmbeddedServer()
     valkey.start()
-    async with generalist(generalist_engine, valkey.url, redis_timeout=0.5) as thinker:
+    with capture_logs() as logs:
+        await _lose_store(generalist_engine, valkey)
+    told = [entry["event"] for entry in logs if entry["event"].startswith("store")]
+    assert told == ["store out of reach", "store back"]
+
+
+async def _lose_store(engine: GeneralistEngine, valkey: EmbeddedServer) -> None:
+    async with generalist(engine, valkey.url, redis_timeout=0.5) as thinker:
         await thinker.stub.Condition(request("robot", 0), timeout=60)
+        await until(lambda: thinker.server.readiness.ready)
         valkey.stop()
         with pytest.raises(Refused) as refused:
             await thinker.stub.Condition(request("robot", 1), timeout=60)

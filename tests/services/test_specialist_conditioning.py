@@ -18,6 +18,7 @@ from replicas import (
     until,
     version,
 )
+from structlog.testing import capture_logs
 
 from robodual.conditioning import codec
 from robodual.conditioning.record import Conditioning
@@ -140,7 +141,16 @@ async def test_a_lost_store_degrades_answers_until_it_is_back(specialist_engine:
     valkey = EmbeddedServer()
     valkey.start()
     store = Store(valkey.url)
-    async with specialist(specialist_engine, valkey.url, redis_timeout=0.5) as replica:
+    with capture_logs() as logs:
+        await _lose_store(specialist_engine, valkey, store)
+    await store.close()
+    valkey.stop()
+    told = [entry["event"] for entry in logs if entry["event"].startswith("store")]
+    assert told == ["store out of reach: going on with the conditionings at hand", "store back"]
+
+
+async def _lose_store(engine: SpecialistEngine, valkey: EmbeddedServer, store: Store) -> None:
+    async with specialist(engine, valkey.url, redis_timeout=0.5) as replica:
         await opened(replica, store)
         await drive(replica, range(2))
         assert replica.server.readiness.ready
@@ -160,8 +170,6 @@ async def test_a_lost_store_degrades_answers_until_it_is_back(specialist_engine:
         await store.put("robot", conditioning(1, 4))
         answer = await replica.stub.Act(act("robot", 4, min_conditioning=version(1, 4)), timeout=10)
         assert not answer.degraded
-    await store.close()
-    valkey.stop()
 
 
 async def test_what_was_written_while_the_subscription_was_down_is_fetched(specialist_engine: SpecialistEngine) -> None:

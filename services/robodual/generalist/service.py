@@ -219,6 +219,8 @@ async def _watch(store: Store, readiness: Readiness, metrics: Metrics) -> None:
             readiness.lack("store", str(error))
             metrics.store_up.set(0)
         else:
+            if lost:
+                logger.info("store back")
             lost = False
             readiness.meet("store")
             metrics.store_up.set(1)

@@ -133,6 +133,8 @@ class Feed:
         self._readiness.lack("store", reason)
 
     def _found(self) -> None:
+        if self.up is False:
+            logger.info("store back")
         self.up = True
         self._metrics.store_up.set(1)
         self._readiness.meet("store")
