@@ -137,6 +137,16 @@ async def test_the_hot_path_makes_no_redis_command(replica: Replica, store: Stor
         assert commands() == before
 
 
+async def test_a_reset_has_a_conditioning_fetched_that_was_announced_before(replica: Replica, store: Store) -> None:
+    fetched = replica.server.metrics.stage("fetch")
+    before = fetched._sum.get()
+    await store.put("robot", conditioning(1, 0))
+
+    await replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=1))
+
+    await until(lambda: fetched._sum.get() > before)
+
+
 async def test_a_lost_store_degrades_answers_until_it_is_back(specialist_engine: SpecialistEngine) -> None:
     valkey = EmbeddedServer()
     valkey.start()
