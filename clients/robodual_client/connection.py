@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 import time
-from typing import Any, Iterator
+from functools import partial
+from typing import Any, Callable
 
 import grpc
-from google.protobuf.message import Message
 
-from robodual_client import wire
 from robodual_client.calls import Call, Halt, Launch, Operation, Plan, Resolve, Sleep, T
 from robodual_client.channel import LOOKUP, Security, lookup, unresolved
 from robodual_client.errors import Failure
+from robodual_client.stream import ActStream
 from robodual_client.wire import rpc
+from robodual_client.worker import JOIN, Worker
 
 logger = logging.getLogger(__name__)
 
-JOIN = 2.0  # seconds that close waits for each of gRPC's threads
+CLOSING = 5 * JOIN  # seconds that close waits in all
 
 
 class Connections:
-    """The channels of one client, opened as plans need them. For one thread at a time."""
+    """The channels of one client, opened as plans need them. For one thread at a time.
+
+    That thread is often the main one, where Ctrl-C may come between any two lines of Python. In gRPC's own this leaves
+    locks held, and calls counted that are none, and whoever ends the call or the channel then waits for ever. So gRPC
+    is called from other threads, and this one waits at queues.
+    """
 
     def __init__(self, security: Security, stream: bool) -> None:
         self._security = security
         self._stream = stream
-        self._channels: dict[str, grpc.Channel] = {}
         self._hosts: dict[str, str] = {}  # the names under which addresses were found
-        self._stubs: dict[tuple[str, str], rpc.Stub] = {}
         self._streams: dict[str, ActStream] = {}
-        self._background: Any = None
-        self._launching = threading.RLock()
         self._halted = 0
         self._closed = False
+        # The worker's:
+        self._channels: dict[str, grpc.Channel] = {}
+        self._stubs: dict[tuple[str, str], rpc.Stub] = {}
+        self._foreground: Any = None
+        self._background: Any = None
+        self._worker = Worker()
 
     def run(self, plan: Plan[T]) -> T:
         """Runs `plan` to its end and gives what it returns. Raises what it raises."""
@@ -56,18 +63,6 @@ class Connections:
             return value
         finally:
             plan.close()
-
-    def close(self) -> None:
-        """Ends every call and every thread of gRPC's that serves one."""
-        self._closed = True
-        self._halt()
-        for stream in self._streams.values():
-            stream.close()
-        self._streams.clear()
-        for channel in self._channels.values():
-            channel.close()
-        self._channels.clear()
-        self._stubs.clear()
 
     def _perform(self, operation: Operation) -> Any:
         if isinstance(operation, Call):
@@ -105,72 +100,124 @@ class Connections:
         return answer
 
     def _call(self, call: Call) -> Any:
-        method = getattr(self._stub(call), call.method)
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._worker.do(partial(self._begin, call, answers.put))
         try:
-            return method(call.request, timeout=call.timeout, metadata=self._security.metadata)
-        except grpc.RpcError as error:
-            raise Failure.of(error, call.where) from error
+            outcome = answers.get()
+        except BaseException:  # Ctrl-C
+            self._worker.do(self._abandon)
+            raise
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def _exchange(self, call: Call) -> Any:
         stream = self._streams.get(call.address)
         if stream is None:
-            stream = ActStream(self._stub(call), self._security.metadata)
-            self._streams[call.address] = stream
+            stream = self._worker.ask(partial(self._open, call))
         usable = False
         try:
             response = stream.exchange(call)
-            usable = not stream.expired
+            usable = True
             return response
         finally:
             if not usable:  # Ctrl-C included: an answer that is still to come must not be taken for the next one
                 del self._streams[call.address]
-                stream.close()
+                self._worker.do(stream.close)
 
     def _schedule(self, launch: Launch, halted: int) -> None:
         if isinstance(launch.operation, Resolve):
             threading.Thread(target=self._look_up, args=(launch, launch.operation.name, halted), daemon=True).start()
-        elif launch.operation.delay == 0:
-            self._launch(launch, launch.operation, halted)
+            return
+        job = partial(self._launch, launch, launch.operation, halted)
+        if launch.operation.delay == 0:
+            self._worker.do(job)
         else:
-            timer = threading.Timer(launch.operation.delay, self._launch, (launch, launch.operation, halted))
+            timer = threading.Timer(launch.operation.delay, self._worker.do, (job,))
             timer.daemon = True
             timer.start()
 
     def _look_up(self, launch: Launch, name: str, halted: int) -> None:
         try:
-            self._land(launch, self._resolve(name), halted)
+            self._land(launch, halted, self._resolve(name))
         except Failure as failure:
-            self._land(launch, failure, halted)
+            self._land(launch, halted, failure)
 
-    def _launch(self, launch: Launch, call: Call, halted: int) -> None:
-        with self._launching:
-            if halted != self._halted:
-                return
-            future = getattr(self._stub(call), call.method).future(
-                call.request, timeout=call.timeout, metadata=self._security.metadata
-            )
-            self._background = future
-        future.add_done_callback(lambda done: self._landed(launch, done, call.where, halted))
-
-    def _landed(self, launch: Launch, future: Any, where: str, halted: int) -> None:
-        """On one of gRPC's threads."""
-        done = future.code() is grpc.StatusCode.OK
-        self._land(launch, future.result() if done else Failure.of(future, where), halted)
-
-    def _land(self, launch: Launch, outcome: Any, halted: int) -> None:
+    def _land(self, launch: Launch, halted: int, outcome: Any) -> None:
+        """On one of gRPC's threads, or that of a lookup."""
+        if isinstance(outcome, Exception) and not isinstance(outcome, Failure):
+            outcome = Failure(grpc.StatusCode.INTERNAL, f"the call could not be made: {outcome!r}", "in the background")
         following = launch.landed(outcome) if halted == self._halted else None
         if following is not None:
             self._schedule(following, halted)
 
     def _halt(self) -> None:
-        with self._launching:
-            self._halted += 1
-            future, self._background = self._background, None
+        self._halted += 1
+        done: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._worker.do(partial(self._end_background, done))
+        try:
+            done.get(timeout=CLOSING)
+        except queue.Empty:
+            logger.warning("a call in the background does not end")
+
+    def close(self) -> None:
+        """Ends every call and every thread of gRPC's that serves one."""
+        self._closed = True
+        self._halted += 1
+        self._worker.end(self._end, CLOSING)
+
+    # What follows is done by the worker.
+
+    def _begin(self, call: Call, tell: Callable[[Any], None]) -> None:
+        self._foreground = self._start(call, tell)
+
+    def _abandon(self) -> None:
+        if self._foreground is not None:
+            self._foreground.cancel()
+
+    def _launch(self, launch: Launch, call: Call, halted: int) -> None:
+        if halted == self._halted:
+            self._background = self._start(call, partial(self._land, launch, halted))
+
+    def _start(self, call: Call, tell: Callable[[Any], None]) -> Any:
+        """The call's future. `tell` gets its response or what went wrong, on one of gRPC's threads."""
+
+        def ended(future: Any) -> None:
+            good = future.code() is grpc.StatusCode.OK
+            tell(future.result() if good else Failure.of(future, call.where))
+
+        try:
+            method = getattr(self._stub(call), call.method)
+            future = method.future(call.request, timeout=call.timeout, metadata=self._security.metadata)
+        except Exception as error:  # a file for TLS that cannot be read
+            tell(error)
+            return None
+        future.add_done_callback(ended)
+        return future
+
+    def _open(self, call: Call) -> ActStream:
+        stream = self._streams[call.address] = ActStream(self._stub(call), self._security.metadata, call.where)
+        return stream
+
+    def _end_background(self, done: queue.SimpleQueue[None]) -> None:
+        future, self._background = self._background, None
         if future is not None:
             landed = threading.Event()
-            future.add_done_callback(lambda done: landed.set())
+            future.add_done_callback(lambda _: landed.set())
             future.cancel()
             landed.wait(JOIN)
+        done.put(None)
+
+    def _end(self) -> None:
+        self._abandon()
+        self._end_background(queue.SimpleQueue())
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+        self._stubs.clear()
 
     def _stub(self, call: Call) -> rpc.Stub:
         key = call.address, call.service
@@ -179,104 +226,3 @@ class Connections:
                 self._channels[call.address] = self._security.channel(grpc, call.address, self._hosts.get(call.address))
             self._stubs[key] = rpc.Stub(self._channels[call.address], call.service)
         return self._stubs[key]
-
-
-class ActStream:
-    """An open ActStream, with a time limit for each answer, which gRPC's blocking streams lack."""
-
-    def __init__(self, stub: rpc.Stub, metadata: tuple[tuple[str, str], ...]) -> None:
-        self._requests: queue.SimpleQueue[Message | bytes | None] = queue.SimpleQueue()
-        self._sender: threading.Thread | None = None
-        self._call: Any = stub.ActStream(self._take(), metadata=metadata)
-        self._ended = threading.Event()
-        if not self._call.add_callback(self._ended.set):
-            self._ended.set()
-        self._watch = Watch(self._call.cancel)
-        self.expired = False  # whether it was cancelled for want of an answer, which may have come all the same
-
-    def exchange(self, call: Call) -> wire.ActResponse:
-        self._watch.set(call.timeout)
-        self._requests.put(call.request)
-        try:
-            response: wire.ActResponse = next(self._call)
-        except StopIteration:
-            raise Failure(grpc.StatusCode.UNAVAILABLE, "the service ended the stream", call.where) from None
-        except grpc.RpcError as error:
-            if self._watch.clear():
-                details = f"no answer within {call.timeout:g} s"
-                raise Failure(grpc.StatusCode.DEADLINE_EXCEEDED, details, call.where) from error
-            raise Failure.of(error, call.where) from error
-        finally:
-            self.expired = self._watch.clear()
-        return response
-
-    def close(self) -> None:
-        """Ends the call and waits for its threads: one that outlived the interpreter could keep it from exiting."""
-        self._watch.stop()
-        self._call.cancel()
-        self._requests.put(None)
-        self._ended.wait(JOIN)
-        if self._sender is not None:
-            self._sender.join(JOIN)
-
-    def _take(self) -> Iterator[Message | bytes]:
-        self._sender = threading.current_thread()
-        while True:
-            request = self._requests.get()
-            if request is None:
-                return
-            yield request
-
-
-class Watch:
-    """Calls `expire` from its own thread once a limit that was set has passed. Setting and clearing it cost next to
-    nothing: the thread looks when the last limit that it knew of would have passed. It expires once, and never again.
-    """
-
-    def __init__(self, expire: Any) -> None:
-        self._expired = False
-        self._expire = expire
-        self._due = math.inf
-        self._next_look = math.inf
-        self._wake = threading.Event()
-        self._lock = threading.Lock()
-        self._stopped = False
-        self._limit = 0.0
-        self._thread: threading.Thread | None = None
-
-    def set(self, seconds: float) -> None:
-        with self._lock:
-            self._limit = seconds
-            self._due = time.monotonic() + seconds
-            early = self._due < self._next_look
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="robodual-watch", daemon=True)
-            self._thread.start()
-        elif early:
-            self._wake.set()
-
-    def clear(self) -> bool:
-        """Whether a limit had passed first. Afterwards none does until one is set."""
-        with self._lock:
-            self._due = math.inf
-            return self._expired
-
-    def stop(self) -> None:
-        self._stopped = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join(JOIN)
-
-    def _run(self) -> None:
-        while not self._stopped:
-            with self._lock:
-                now = time.monotonic()
-                if self._due <= now:
-                    self._expired = True
-                    self._expire()
-                    return
-                # With no limit set, one that is set now passes after this look.
-                self._next_look = min(self._due, now + self._limit)
-                pause = self._next_look - now
-            self._wake.wait(pause)
-            self._wake.clear()

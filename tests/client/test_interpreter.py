@@ -12,6 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_services import observation
+
+from robodual_client import DualSystemClient
 
 HERE = Path(__file__).parent
 FORBIDDEN = ("torch", "pydantic", "robodual", "redis", "pybullet", "rich", "jinja2", "PIL", "scipy")
@@ -61,6 +64,27 @@ def test_client_that_nobody_closes_lets_the_interpreter_exit(generalist, special
     for _ in range(3):
         done = run(EPISODE, generalist.address, specialist.address, schedule, "9")
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("schedule", ["published", "async"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_no_line_of_grpc_runs_in_the_thread_that_ctrl_c_interrupts(generalist, specialist, schedule, stream):
+    # There it leaves locks held for ever: of programs that step all the time, one in 25 hung (Python 3.8).
+    seen = set()
+
+    def note(frame, event, argument):
+        if event == "call" and f"{os.sep}grpc{os.sep}" in frame.f_code.co_filename:
+            seen.add((frame.f_code.co_filename, frame.f_code.co_name))
+
+    sys.setprofile(note)
+    try:
+        with DualSystemClient(generalist.address, specialist.address, schedule=schedule, stream=stream) as client:
+            client.reset("open the drawer")
+            for step in range(10):
+                client.step(observation(step))
+    finally:
+        sys.setprofile(None)
+    assert not seen
 
 
 @pytest.mark.parametrize("schedule", ["published", "async"])
