@@ -5,11 +5,12 @@ import grpc
 import numpy as np
 import pytest
 from replicas import Replica, conditioning, frame, generalist, until, version
-from structlog.testing import capture_logs
+from structlog.testing import CapturingLogger
 
 from robodual.conditioning.record import Version
 from robodual.conditioning.store import Store
 from robodual.conditioning.valkey import EmbeddedServer
+from robodual.generalist import service
 from robodual.generalist.engine import GeneralistEngine
 from robodual_client import tensors, wire
 
@@ -87,13 +88,15 @@ async def test_reset_drops_earlier_episodes_and_close_drops_all(thinker: Replica
     assert not (await thinker.stub.Close(wire.CloseRequest(session_id="robot"))).was_open
 
 
-async def test_a_lost_store_is_unavailable_until_it_is_back(generalist_engine: GeneralistEngine) -> None:
+async def test_a_lost_store_is_unavailable_until_it_is_back(
+    generalist_engine: GeneralistEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = CapturingLogger()
+    monkeypatch.setattr(service, "logger", log)
     valkey = EmbeddedServer()
     valkey.start()
-    with capture_logs() as logs:
-        await _lose_store(generalist_engine, valkey)
-    told = [entry["event"] for entry in logs if entry["event"].startswith("store")]
-    assert told == ["store out of reach", "store back"]
+    await _lose_store(generalist_engine, valkey)
+    assert [call.args[0] for call in log.calls] == ["store out of reach", "store back"]
 
 
 async def _lose_store(engine: GeneralistEngine, valkey: EmbeddedServer) -> None:

@@ -18,12 +18,13 @@ from replicas import (
     until,
     version,
 )
-from structlog.testing import capture_logs
+from structlog.testing import CapturingLogger
 
 from robodual.conditioning import codec
 from robodual.conditioning.record import Conditioning
 from robodual.conditioning.store import Store
 from robodual.conditioning.valkey import EmbeddedServer
+from robodual.specialist import feed
 from robodual.specialist.engine import SpecialistEngine
 from robodual_client import wire
 
@@ -147,15 +148,18 @@ async def test_a_reset_has_a_conditioning_fetched_that_was_announced_before(repl
     await until(lambda: fetched._sum.get() > before)
 
 
-async def test_a_lost_store_degrades_answers_until_it_is_back(specialist_engine: SpecialistEngine) -> None:
+async def test_a_lost_store_degrades_answers_until_it_is_back(
+    specialist_engine: SpecialistEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = CapturingLogger()
+    monkeypatch.setattr(feed, "logger", log)
     valkey = EmbeddedServer()
     valkey.start()
     store = Store(valkey.url)
-    with capture_logs() as logs:
-        await _lose_store(specialist_engine, valkey, store)
+    await _lose_store(specialist_engine, valkey, store)
     await store.close()
     valkey.stop()
-    told = [entry["event"] for entry in logs if entry["event"].startswith("store")]
+    told = [call.args[0] for call in log.calls if call.args[0].startswith("store")]
     assert told == ["store out of reach: going on with the conditionings at hand", "store back"]
 
 
