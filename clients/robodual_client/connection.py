@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -17,8 +16,6 @@ from robodual_client.errors import Failure
 from robodual_client.stream import ActStream
 from robodual_client.wire import rpc
 from robodual_client.worker import JOIN, Worker
-
-logger = logging.getLogger(__name__)
 
 CLOSING = 5 * JOIN  # seconds that close waits in all
 
@@ -153,12 +150,7 @@ class Connections:
 
     def _halt(self) -> None:
         self._halted += 1
-        done: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._worker.do(partial(self._end_background, done))
-        try:
-            done.get(timeout=CLOSING)
-        except queue.Empty:
-            logger.warning("a call in the background does not end")
+        self._worker.ask(self._end_background)
 
     def close(self) -> None:
         """Ends every call and every thread of gRPC's that serves one."""
@@ -199,18 +191,17 @@ class Connections:
         stream = self._streams[call.address] = ActStream(self._stub(call), self._security.metadata, call.where)
         return stream
 
-    def _end_background(self, done: queue.SimpleQueue[None]) -> None:
+    def _end_background(self) -> None:
         future, self._background = self._background, None
         if future is not None:
             landed = threading.Event()
             future.add_done_callback(lambda _: landed.set())
             future.cancel()
             landed.wait(JOIN)
-        done.put(None)
 
     def _end(self) -> None:
         self._abandon()
-        self._end_background(queue.SimpleQueue())
+        self._end_background()
         for stream in self._streams.values():
             stream.close()
         self._streams.clear()
