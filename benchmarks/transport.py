@@ -125,7 +125,7 @@ def sizes(pair: Pair) -> tuple[bytes, int]:
             client.step(robots.observation(number))
         sensors = client.info()["specialist"].sensors
         head = wire.ActRequest(session_id="sizes", episode=1, step=8, min_conditioning=wire.Version(episode=1))
-        request = observation.encode(robots.observation(8), sensors).act_request(head)
+        request = b"".join(observation.encode(robots.observation(8), sensors).act_request(head))
         with grpc.insecure_channel(pair.addresses["specialist"]) as channel:
             return request, rpc.Stub(channel, rpc.SPECIALIST).Act(request).ByteSize()
 

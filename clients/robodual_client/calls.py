@@ -18,6 +18,7 @@ import grpc
 from google.protobuf.message import Message
 
 from robodual_client.errors import Failure
+from robodual_client.frame import Buffer
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Call:
     address: str
     service: str
     method: str
-    request: Message | bytes  # bytes: already serialised
+    request: Message | bytes | list[Buffer]  # a message, or one that is serialised already
     timeout: float
     delay: float = 0.0  # latency that was asked for
 

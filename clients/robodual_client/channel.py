@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
+import pkgutil
 import re
 import socket
+import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,9 @@ logger = logging.getLogger(__name__)
 # An answer holds a chunk and a recovery state, under 8 kB; nothing that a service sends is near this.
 LARGEST_ANSWER = 1 << 20
 LOOKUP = 2.0  # seconds that a name may take to resolve
+# A host that went silent is noticed within 15 seconds, idle streams included.
+IDLE, SILENT = 10, 5  # seconds until it is asked for a sign of life, and until that must come
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,24 @@ class Tls:
             _read(self.ca, "ca"), _read(self.key, "key"), _read(self.certificate, "certificate")
         )
 
+    def context(self) -> ssl.SSLContext:
+        """The same for a socket. Raises ValueError if a file cannot be used."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["h2"])
+        roots = _default_roots() if self.ca is None else _read(self.ca, "ca")
+        try:
+            if roots is None:
+                context.load_default_certs()
+            else:
+                context.load_verify_locations(cadata=roots.decode())
+            if self.certificate is not None:
+                # With a password, a key that has one is refused; without, it would be asked for at the terminal.
+                context.load_cert_chain(self.certificate, self.key, password="")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tls: {error}") from error
+        return context
+
 
 @dataclass(frozen=True)
 class Security:
@@ -62,8 +86,8 @@ class Security:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
-            ("grpc.keepalive_time_ms", 10_000),  # a host that went silent is noticed within 15 s, idle streams included
-            ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.keepalive_time_ms", IDLE * 1000),
+            ("grpc.keepalive_timeout_ms", SILENT * 1000),
         ]
         if _is_loopback(address):
             options.append(("grpc.enable_http_proxy", 0))
@@ -75,6 +99,34 @@ class Security:
         if name is not None:
             options.append(("grpc.ssl_target_name_override", name))
         return grpc_module.secure_channel(address, self.tls.credentials(), options=options)
+
+    def name(self, address: str, host: str | None) -> str:
+        """What the service at `address`, which was found under the name `host`, is called in a request."""
+        if self.tls is None:
+            return address
+        return self.tls.name or host or _host(address)
+
+    def connect(self, address: str, name: str, timeout: float) -> socket.socket:
+        """A connection to `address`, "ip:port", on which HTTP/2 is spoken, and where TLS is asked for, the service
+        proved to be `name`. Raises OSError, and ValueError as `Tls.context` does.
+        """
+        connected = socket.create_connection((_host(address), int(address.rpartition(":")[2])), timeout)
+        try:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in (("TCP_KEEPIDLE", IDLE), ("TCP_KEEPINTVL", SILENT), ("TCP_KEEPCNT", 1)):
+                if hasattr(socket, option):  # not on every system
+                    connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+            if self.tls is None:
+                return connected
+            secured = self.tls.context().wrap_socket(connected, server_hostname=name)
+            if secured.selected_alpn_protocol() != "h2":
+                secured.close()
+                raise OSError("the service agrees on TLS, but not on HTTP/2")
+            return secured
+        except BaseException:
+            connected.close()
+            raise
 
 
 def security(token: str | None, tls: Tls | bool) -> Security:
@@ -109,9 +161,35 @@ def _read(path: str | Path | None, name: str) -> bytes | None:
         raise ValueError(f"tls: {name}: {error}") from error
 
 
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
+def is_proxied(address: str) -> bool:
+    """Whether gRPC may go through a proxy to `address`: the environment names one."""
+    return not _is_loopback(address) and any(os.environ.get(name) for name in PROXIES)
+
+
+def _default_roots() -> bytes | None:
+    """Those that gRPC takes, or None for the system's."""
+    named = os.environ.get("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH")
+    if named:
+        return _read(named, "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH")
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return pkgutil.get_data("grpc._cython", "_credentials/roots.pem")
+    except OSError:
+        return None
+
+
+def is_ip(address: str) -> bool:
+    """Whether it is "ip:port", and no name."""
+    try:
+        ipaddress.ip_address(_host(address))
     except ValueError:
-        return host == "localhost"
+        return False
+    return True
+
+
+def _is_loopback(address: str) -> bool:
+    host = _host(address)
+    return ipaddress.ip_address(host).is_loopback if is_ip(address) else host == "localhost"
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0].strip("[]")

@@ -11,7 +11,7 @@ from typing import Any, Callable
 import grpc
 
 from robodual_client.calls import Call, Halt, Launch, Operation, Plan, Resolve, Sleep, T
-from robodual_client.channel import LOOKUP, Security, lookup, unresolved
+from robodual_client.channel import LOOKUP, Security, is_ip, is_proxied, lookup, unresolved
 from robodual_client.errors import Failure
 from robodual_client.stream import ActStream
 from robodual_client.wire import rpc
@@ -25,7 +25,7 @@ class Connections:
 
     That thread is often the main one, where Ctrl-C may come between any two lines of Python. In gRPC's own this leaves
     locks held, and calls counted that are none, and whoever ends the call or the channel then waits for ever. So gRPC
-    is called from other threads, and this one waits at queues.
+    is called from other threads, and this one waits at queues; a stream is a socket of this thread's own.
     """
 
     def __init__(self, security: Security, stream: bool) -> None:
@@ -78,23 +78,9 @@ class Connections:
         return self._halt()
 
     def _resolve(self, name: str) -> list[str]:
-        answers: queue.SimpleQueue[list[str] | Failure] = queue.SimpleQueue()
-
-        def ask() -> None:
-            try:
-                answers.put(lookup(name))
-            except Failure as failure:
-                answers.put(failure)
-
-        threading.Thread(target=ask, name="robodual-lookup", daemon=True).start()
-        try:
-            answer = answers.get(timeout=LOOKUP)
-        except queue.Empty:
-            answer = unresolved(name, f"no answer within {LOOKUP:g} s")
-        if isinstance(answer, Failure):
-            raise answer
-        self._hosts.update(dict.fromkeys(answer, name.rpartition(":")[0]))
-        return answer
+        found = _look_up(name)
+        self._hosts.update(dict.fromkeys(found, name.rpartition(":")[0]))
+        return found
 
     def _call(self, call: Call) -> Any:
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -109,22 +95,33 @@ class Connections:
         return outcome
 
     def _exchange(self, call: Call) -> Any:
-        stream = self._streams.get(call.address)
+        stream = self._streams.pop(call.address, None)
+        if stream is not None and stream.has_ended():
+            stream.close()
+            stream = None
         if stream is None:
-            stream = self._worker.ask(partial(self._open, call))
-        usable = False
+            if is_proxied(call.address):  # gRPC knows how to get through
+                return self._call(call)
+            stream = self._open(call)
+        assert isinstance(call.request, list)
         try:
-            response = stream.exchange(call)
-            usable = True
-            return response
-        finally:
-            if not usable:  # Ctrl-C included: an answer that is still to come must not be taken for the next one
-                del self._streams[call.address]
-                self._worker.do(stream.close)
+            response = stream.exchange(call.request, call.timeout)
+        except BaseException:  # Ctrl-C included
+            stream.close()
+            raise
+        self._streams[call.address] = stream
+        return response
+
+    def _open(self, call: Call) -> ActStream:
+        found = [call.address] if is_ip(call.address) else _look_up(call.address)
+        name = self._security.name(call.address, self._hosts.get(call.address))
+        return ActStream(self._security, found, name, call.where, call.timeout)
 
     def _schedule(self, launch: Launch, halted: int) -> None:
         if isinstance(launch.operation, Resolve):
-            threading.Thread(target=self._look_up, args=(launch, launch.operation.name, halted), daemon=True).start()
+            threading.Thread(
+                target=self._resolve_for, args=(launch, launch.operation.name, halted), daemon=True
+            ).start()
             return
         job = partial(self._launch, launch, launch.operation, halted)
         if launch.operation.delay == 0:
@@ -134,7 +131,7 @@ class Connections:
             timer.daemon = True
             timer.start()
 
-    def _look_up(self, launch: Launch, name: str, halted: int) -> None:
+    def _resolve_for(self, launch: Launch, name: str, halted: int) -> None:
         try:
             self._land(launch, halted, self._resolve(name))
         except Failure as failure:
@@ -156,6 +153,9 @@ class Connections:
         """Ends every call and every thread of gRPC's that serves one."""
         self._closed = True
         self._halted += 1
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
         self._worker.end(self._end, CLOSING)
 
     # What follows is done by the worker.
@@ -187,10 +187,6 @@ class Connections:
         future.add_done_callback(ended)
         return future
 
-    def _open(self, call: Call) -> ActStream:
-        stream = self._streams[call.address] = ActStream(self._stub(call), self._security.metadata, call.where)
-        return stream
-
     def _end_background(self) -> None:
         future, self._background = self._background, None
         if future is not None:
@@ -202,9 +198,6 @@ class Connections:
     def _end(self) -> None:
         self._abandon()
         self._end_background()
-        for stream in self._streams.values():
-            stream.close()
-        self._streams.clear()
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
@@ -217,3 +210,23 @@ class Connections:
                 self._channels[call.address] = self._security.channel(grpc, call.address, self._hosts.get(call.address))
             self._stubs[key] = rpc.Stub(self._channels[call.address], call.service)
         return self._stubs[key]
+
+
+def _look_up(name: str) -> list[str]:
+    """`lookup`, which has no time limit of its own. Raises Failure."""
+    answers: queue.SimpleQueue[list[str] | Failure] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(lookup(name))
+        except Failure as failure:
+            answers.put(failure)
+
+    threading.Thread(target=ask, name="robodual-lookup", daemon=True).start()
+    try:
+        answer = answers.get(timeout=LOOKUP)
+    except queue.Empty:
+        answer = unresolved(name, f"no answer within {LOOKUP:g} s")
+    if isinstance(answer, Failure):
+        raise answer
+    return answer

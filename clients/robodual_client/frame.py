@@ -1,8 +1,8 @@
 """One step's observation as bytes, and the requests around it.
 
-A protobuf message is the concatenation of its serialised fields, so requests are joined from a small message and the
-arrays' own memory: each frame is copied once, into the request. Through the message classes it would be four times, and
-take twenty times as long.
+A protobuf message is the concatenation of its serialised fields, so a request is a small message and the arrays' own
+memory, one after the other. A stream writes them to its socket as they are; for gRPC they are joined, one copy. Through
+the message classes it would be four, and take twenty times as long.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def tensor_buffers(array: npt.NDArray[Any]) -> list[Buffer]:
 class Frame:
     """The serialised sensors of one step, each as what `field` gives, one after the other, rgb_static first.
 
-    They are read from the caller's arrays until `act_request`; from then on from the bytes that it returned, so that
-    the caller may overwrite the arrays.
+    They are read from the caller's arrays, but for the static image, of which `act_request` keeps a copy: another
+    replica, and the generalist, may want it after the step, when the caller has overwritten them.
     """
 
     def __init__(self, sensors: list[Buffer]) -> None:
         self._observation = sensors
         self._size = _size(sensors)
-        self._request: bytes | None = None
+        self._static: bytes | None = None
 
     def condition_request(self, head: wire.ConditionRequest) -> bytes:
         """`head` with this frame's static image."""
@@ -48,30 +48,24 @@ class Frame:
             [head.SerializeToString(), *field(wire.ConditionRequest.RGB_STATIC_FIELD_NUMBER, self._rgb_static())]
         )
 
-    def act_request(self, head: wire.ActRequest, previous: Frame | None = None) -> bytes:
+    def act_request(self, head: wire.ActRequest, previous: Frame | None = None) -> list[Buffer]:
         """`head` with this frame's observation, and `previous`'s static image where it is given."""
+        if self._static is None:
+            self._static = bytes(self._observation[2])
         parts: list[Buffer] = [head.SerializeToString()]
         if previous is not None:
             parts += field(wire.ActRequest.PREVIOUS_RGB_STATIC_FIELD_NUMBER, previous._rgb_static())
-        self._request = b"".join([*parts, *self.pieces()])
-        return self._request
+        return [*parts, *self.pieces()]
 
     def pieces(self) -> list[Buffer]:
         """The serialised observation field: bytes, and as memoryviews the sensors' values."""
         key = _key(wire.ActRequest.OBSERVATION_FIELD_NUMBER, self._size)
-        return [key, *self._observation] if self._request is None else [key, self._copied()]
+        return [key, *self._observation]
 
     def _rgb_static(self) -> list[Buffer]:
-        """The buffers of the static image: of the field that comes first, the three after its key."""
-        key, head, pixels = self._observation[:3]
-        if self._request is None:
-            return [head, pixels]
-        return [self._copied()[len(key) : len(key) + len(head) + len(pixels)]]
-
-    def _copied(self) -> memoryview:
-        """The observation as it stands in the request."""
-        assert self._request is not None
-        return memoryview(self._request)[-self._size :]
+        """The buffers of the static image, whose field comes first, without its key."""
+        _, head, pixels = self._observation[:3]
+        return [head, pixels if self._static is None else self._static]
 
 
 def field(number: int, value: list[Buffer]) -> list[Buffer]:

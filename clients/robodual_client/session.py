@@ -20,7 +20,7 @@ from robodual_client import observation, wire
 from robodual_client.answer import Answer, Conditioning, ServiceInfo, checked_action
 from robodual_client.calls import Attempts, Call, Halt, Plan, Replicas, Timeouts, is_wait, repeat
 from robodual_client.errors import Failure, ServiceMismatch
-from robodual_client.frame import Frame
+from robodual_client.frame import Buffer, Frame
 from robodual_client.schedule import Schedule
 from robodual_client.thinking import Thinking
 from robodual_client.tracing import Tracer
@@ -307,7 +307,7 @@ class Session:
             yield Halt()
             self._thinking = None
 
-    def _act_request(self, step: int, frame: Frame, recover: bool) -> bytes:
+    def _act_request(self, step: int, frame: Frame, recover: bool) -> list[Buffer]:
         head = wire.ActRequest(session_id=self.name, episode=self.episode, step=step, traceparent=self._traceparent)
         if self._least is not None:
             head.min_conditioning.episode = self.episode

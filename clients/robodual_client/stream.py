@@ -1,65 +1,143 @@
-"""A stream of actions, over gRPC's blocking API, whose streams have no time limit for an answer."""
+"""A stream of actions, over a connection of its own, in the thread that steps.
+
+gRPC's Python hands each message from thread to thread, there and back, which takes longer than moving it. And its
+streams have no time limit for an answer.
+"""
 
 from __future__ import annotations
 
-import queue
-import threading
-from typing import Any, Iterator
+import socket
+import ssl
+import time
+from typing import Iterable, Sequence
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError
 
 from robodual_client import wire
-from robodual_client.calls import Call
+from robodual_client.channel import IDLE, LARGEST_ANSWER, Security
 from robodual_client.errors import Failure
-from robodual_client.wire import rpc
-from robodual_client.worker import JOIN
+from robodual_client.frame import Buffer
+from robodual_client.http2 import Stream
+from robodual_client.wire.rpc import SPECIALIST
+
+READ = 65_536  # bytes at a time
+WRITE = 64  # buffers at a time: the kernel takes 1024
 
 
 class ActStream:
-    """An open ActStream. `exchange` is the caller's, and touches queues alone; the rest is the worker's."""
+    """An open ActStream. Between two steps it is a socket, and nothing else.
 
-    def __init__(self, stub: rpc.Stub, metadata: tuple[tuple[str, str], ...], where: str) -> None:
-        self._requests: queue.SimpleQueue[Message | bytes | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[wire.ActResponse | Failure] = queue.SimpleQueue()
-        self._sender: threading.Thread | None = None
-        self._call: Any = stub.ActStream(self._take(), metadata=metadata)
-        self._reader = threading.Thread(target=self._read, args=(where,), name="robodual-stream", daemon=True)
-        self._reader.start()
+    After a Failure, or an interruption, it is of no more use: it would take a late answer for the next one's.
+    """
 
-    def exchange(self, call: Call) -> wire.ActResponse:
-        """The answer to the next request. After a Failure, or an interruption, the stream is of no more use."""
-        self._requests.put(call.request)
+    def __init__(self, security: Security, addresses: Iterable[str], name: str, where: str, timeout: float) -> None:
+        """Connects to the first of `addresses`, "ip:port", that can be reached, in `timeout` seconds at most. `name` is
+        that of the host, as its certificate has it. Raises Failure.
+        """
+        self._where = where
+        self._used = time.monotonic()
+        self._set_limit(timeout)
+        self._http = Stream(
+            [
+                (":method", "POST"),
+                (":scheme", "http" if security.tls is None else "https"),
+                (":path", f"/{SPECIALIST}/ActStream"),
+                (":authority", name),
+                ("te", "trailers"),
+                ("content-type", "application/grpc"),
+                ("user-agent", "robodual-client"),
+                *security.metadata,
+            ],
+            where,
+            LARGEST_ANSWER,
+        )
+        failure = self._failure(grpc.StatusCode.UNAVAILABLE, "the name has no address")
+        for address in addresses:
+            try:
+                self._socket = security.connect(address, name, self._left())
+                return
+            except OSError as error:
+                failure = self._lost(error)
+        raise failure
+
+    def exchange(self, request: Sequence[Buffer], timeout: float) -> wire.ActResponse:
+        """The answer to the next request, in `timeout` seconds at most. Raises Failure."""
+        self._set_limit(timeout)
+        self._http.send(request)
+        answer = None
+        while answer is None:
+            self._write(self._http.outgoing())
+            self._http.receive(self._read())
+            answer = self._http.take()
+        self._used = time.monotonic()
         try:
-            answer = self._answers.get(timeout=call.timeout)
-        except queue.Empty:
-            details = f"no answer within {call.timeout:g} s"
-            raise Failure(grpc.StatusCode.DEADLINE_EXCEEDED, details, call.where) from None
-        if isinstance(answer, Failure):
-            raise answer
-        return answer
+            return wire.ActResponse.FromString(answer)
+        except DecodeError as error:
+            raise self._failure(grpc.StatusCode.INTERNAL, f"the answer cannot be read ({error})") from error
+
+    def has_ended(self) -> bool:
+        """Whether the service ended it since the last answer, as it does when nobody is there to answer its pings."""
+        if self._http.ended or time.monotonic() < self._used + IDLE:
+            return self._http.ended
+        self._socket.settimeout(0)
+        try:
+            while True:
+                data = self._socket.recv(READ)
+                self._http.receive(data)
+                if not data or self._http.ended:
+                    return True
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        except OSError:
+            return True
 
     def close(self) -> None:
-        """Ends the call and waits for its threads: one that outlived the interpreter could keep it from exiting."""
-        self._requests.put(None)
-        self._call.cancel()
-        self._reader.join(JOIN)
-        if self._sender is not None:
-            self._sender.join(JOIN)
+        self._socket.close()
 
-    def _take(self) -> Iterator[Message | bytes]:
-        self._sender = threading.current_thread()
-        while True:
-            request = self._requests.get()
-            if request is None:
-                return
-            yield request
-
-    def _read(self, where: str) -> None:
+    def _write(self, buffers: list[Buffer]) -> None:
         try:
-            for answer in self._call:
-                self._answers.put(answer)
-        except grpc.RpcError as error:
-            self._answers.put(Failure.of(error, where))
-        else:
-            self._answers.put(Failure(grpc.StatusCode.UNAVAILABLE, "the service ended the stream", where))
+            if isinstance(self._socket, ssl.SSLSocket):  # which has no sendmsg
+                self._socket.settimeout(self._left())
+                self._socket.sendall(b"".join(buffers))
+                return
+            while buffers:
+                self._socket.settimeout(self._left())
+                sent = self._socket.sendmsg(buffers[:WRITE])
+                while buffers and sent >= len(buffers[0]):
+                    sent -= len(buffers.pop(0))
+                if sent:
+                    buffers[0] = memoryview(buffers[0])[sent:]
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def _read(self) -> bytes:
+        self._socket.settimeout(self._left())
+        try:
+            data = self._socket.recv(READ)
+        except OSError as error:
+            raise self._lost(error) from error
+        if not data:
+            raise self._failure(grpc.StatusCode.UNAVAILABLE, "the service closed the connection")
+        return data
+
+    def _set_limit(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
+
+    def _left(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise self._late()
+        return left
+
+    def _late(self) -> Failure:
+        return self._failure(grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer within {self._timeout:g} s")
+
+    def _lost(self, error: OSError) -> Failure:
+        if isinstance(error, socket.timeout) and error.errno is None:  # the kernel's own time limits have a number
+            return self._late()
+        return self._failure(grpc.StatusCode.UNAVAILABLE, f"no connection: {error}")
+
+    def _failure(self, code: grpc.StatusCode, details: str) -> Failure:
+        return Failure(code, details[:500], self._where)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
+import ssl
 import subprocess
 
 import grpc
 import pytest
 from fake_services import FakeGeneralist, FakeSpecialist
+from http2_server import Http2Server
 
 from robodual_client import DualSystemClient, Timeouts, Tls
 from robodual_client.channel import security
-from robodual_client.errors import ServiceUnavailable
+from robodual_client.errors import Failure, ServiceUnavailable
+from robodual_client.stream import ActStream
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command for certificates")
 
@@ -133,3 +136,47 @@ def test_token_in_plain_text_off_this_machine_is_warned_of_without_showing_it(ca
     assert ("plain text" in caplog.text) is warned
     assert "hunter2" not in caplog.text
     assert "hunter2" not in repr(security("hunter2", tls=False))
+
+
+def stream(address, name, tls):
+    opened = ActStream(security("secret", tls), [address], name, "Specialist.Act", 5)
+    opened.close()
+
+
+def test_stream_checks_the_certificate_as_grpc_does(secure, certificates, monkeypatch):
+    _, specialist, tls, _ = secure
+    stream(specialist, "specialist.test", tls)
+    with pytest.raises(Failure, match=r"UNAVAILABLE: no connection: .*[Hh]ostname"):
+        stream(specialist, "generalist.test", tls)
+    named = Tls(None, tls.certificate, tls.key)
+    with pytest.raises(Failure, match="CERTIFICATE_VERIFY_FAILED"):
+        stream(specialist, "specialist.test", named)
+    monkeypatch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", str(certificates / "ca.pem"))
+    stream(specialist, "specialist.test", named)
+
+
+def test_stream_needs_a_service_that_speaks_http2(certificates):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+    server = Http2Server(lambda peer: None, context=context)
+    with pytest.raises(Failure, match="not on HTTP/2"):
+        stream(server.address, "localhost", Tls(certificates / "ca.pem"))
+    server.close()
+
+
+def test_file_that_cannot_be_used_is_named(certificates, tmp_path):
+    (tmp_path / "empty.pem").write_text("")
+    subprocess.run(
+        ["openssl", "ec", "-in", certificates / "client.key", "-aes256", "-passout", "pass:1234", "-out", "locked.key"],
+        cwd=str(tmp_path),
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    for tls in (
+        Tls(tmp_path / "missing.pem"),
+        Tls(tmp_path / "empty.pem"),
+        Tls(None, certificates / "client.pem", certificates / "server.key"),
+        Tls(None, certificates / "client.pem", tmp_path / "locked.key"),
+    ):
+        with pytest.raises(ValueError, match=r"^tls: "):
+            tls.context()

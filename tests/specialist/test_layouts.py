@@ -25,7 +25,7 @@ def request(step: int, side: int = 32, depth: float = 1.0) -> bytes:
         "robot_obs": draw.uniform(-0.5, 0.5, 15),
     }
     head = wire.ActRequest(session_id="robot", episode=1, step=step)
-    return bytes(Encoder(SENSORS).encode(obs).act_request(head))
+    return b"".join(Encoder(SENSORS).encode(obs).act_request(head))
 
 
 @pytest.fixture

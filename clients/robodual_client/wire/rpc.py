@@ -17,7 +17,8 @@ SPECIALIST = "robodual.v1.Specialist"
 class Stub:
     """One attribute per method of `service` (GENERALIST or SPECIALIST), callable as grpc's own stubs are.
 
-    `channel` is a `grpc.Channel` or a `grpc.aio.Channel`. Requests may be given as messages or already serialised.
+    `channel` is a `grpc.Channel` or a `grpc.aio.Channel`. Requests may be given as messages, or
+    already serialised, in one or several pieces.
     """
 
     def __init__(self, channel: Any, service: str) -> None:
@@ -52,7 +53,9 @@ def handler(
     return grpc.method_handlers_generic_handler(service, handlers)
 
 
-def _serialize(request: Message | bytes) -> bytes:
+def _serialize(request: Message | bytes | list[bytes | memoryview]) -> bytes:
+    if isinstance(request, list):
+        return b"".join(request)
     return request if isinstance(request, bytes) else request.SerializeToString()
 
 

@@ -1,0 +1,70 @@
+"""The blocking client's streams: when they are opened, and opened again."""
+
+from __future__ import annotations
+
+import socket
+
+import numpy as np
+import pytest
+from fake_services import episode, observation
+
+from robodual_client import DualSystemClient, connection, stream
+from robodual_client.channel import is_proxied
+
+
+def streams(client):
+    return client._connections._streams
+
+
+def test_a_stream_that_was_cut_while_idle_is_opened_again_unnoticed(generalist, specialist, undisturbed, monkeypatch):
+    monkeypatch.setattr(stream, "IDLE", 0)
+    with DualSystemClient(generalist.address, specialist.address, seed=3) as client:
+        client.reset("lift the red block")
+        actions, opened = [], set()
+        for step in range(20):
+            actions.append(client.step(observation(step)))
+            assert client.last.failures == 0
+            (current,) = streams(client).values()
+            opened.add(id(current))
+            if step % 5 == 0:
+                current._socket.shutdown(socket.SHUT_RDWR)
+                kept = current  # so that no other has its id
+        del kept
+    assert len(opened) > 1
+    np.testing.assert_array_equal(actions, undisturbed)
+
+
+def test_one_stream_serves_all_episodes(generalist, specialist, obs):
+    with DualSystemClient(generalist.address, specialist.address) as client:
+        opened = set()
+        for _ in range(3):
+            client.reset("lift the red block")
+            client.step(obs)
+            opened |= set(streams(client).values())
+    assert len(opened) == 1
+
+
+def test_a_name_in_the_address_is_looked_up(generalist, specialist, undisturbed):
+    port = specialist.address.rpartition(":")[2]
+    with DualSystemClient(generalist.address, f"localhost:{port}", seed=3) as client:
+        client.reset("lift the red block")
+        np.testing.assert_array_equal(episode(client), undisturbed)
+        assert list(streams(client)) == [f"localhost:{port}"]
+
+
+def test_through_a_proxy_steps_are_calls_of_grpcs(generalist, specialist, undisturbed, monkeypatch):
+    monkeypatch.setattr(connection, "is_proxied", lambda address: address == specialist.address)
+    with DualSystemClient(generalist.address, specialist.address, seed=3) as client:
+        client.reset("lift the red block")
+        np.testing.assert_array_equal(episode(client), undisturbed)
+        assert not streams(client)
+
+
+@pytest.mark.parametrize("name", ["grpc_proxy", "https_proxy", "http_proxy"])
+def test_a_proxy_is_one_that_the_environment_names_for_grpc(name, monkeypatch):
+    for other in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.delenv(other, raising=False)
+    assert not is_proxied("10.0.0.1:50052")
+    monkeypatch.setenv(name, "http://10.0.0.9:3128")
+    assert all(map(is_proxied, ("10.0.0.1:50052", "specialist:50052")))
+    assert not any(map(is_proxied, ("127.0.0.1:50052", "[::1]:50052", "localhost:50052")))
