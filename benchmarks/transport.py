@@ -2,23 +2,27 @@
 
     python -m benchmarks.transport --rounds 500 --json transport.json
 
-Each step carries one observation of CALVIN's cameras, raw (330 kB), and gives an action. Every server is a process of
-its own. Ours are the real services with a real Valkey between them and models that answer zeros at once (noop.py),
-asked by the real client. The bare stream moves as many bytes each way, and nobody looks at them. openpi's pair is the
-client of PyPI's openpi-client and the least server that answers it, on asyncio as openpi's own. Its wheel asks for a
-NumPy before 2.0, which that client does not need: `pip install 'robodual[benchmarks]'`, then `pip install --no-deps
-openpi-client`; without it, that row is left out.
+Each step carries one observation of CALVIN's cameras, raw (330 kB), and gives an action. Every client and every server
+is a process of its own, as on a robot: in one process, clients would find the heap as the one before left it. Ours are
+the real services with a real Valkey between them and models that answer zeros at once (noop.py), asked by the real
+client. The bare stream is gRPC's own client and server, which move as many bytes each way, and look at none. openpi's
+pair is the client of PyPI's openpi-client and the least server that answers it, on asyncio as openpi's own. Its wheel
+asks for a NumPy before 2.0, which that client does not need: `pip install 'robodual[benchmarks]'`, then `pip install
+--no-deps openpi-client`; without it, that row is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import multiprocessing
 import queue
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from typing import Any
@@ -69,6 +73,7 @@ def serve_bare(answer_size: int, told: Connection) -> None:
 def serve_openpi(told: Connection) -> None:
     import numpy as np
     import websockets.asyncio.server
+    import websockets.exceptions
     from openpi_client import msgpack_numpy
 
     async def main() -> None:
@@ -77,9 +82,10 @@ def serve_openpi(told: Connection) -> None:
 
         async def answer(connection: Any) -> None:
             await connection.send(packer.pack({}))  # a server says first what it is
-            async for message in connection:
-                msgpack_numpy.unpackb(message)
-                await connection.send(packer.pack({"actions": actions}))
+            with contextlib.suppress(websockets.exceptions.ConnectionClosed):  # the client goes as it likes
+                async for message in connection:
+                    msgpack_numpy.unpackb(message)
+                    await connection.send(packer.pack({"actions": actions}))
 
         listening = websockets.asyncio.server.serve(answer, "127.0.0.1", 0, compression=None, max_size=None)
         async with listening as server:
@@ -104,7 +110,7 @@ def process(serve: Callable[..., None], *arguments: object) -> Iterator[int]:
         child.join()
 
 
-def bare_stream(port: int, request: bytes, stack: ExitStack) -> Step:
+def bare_client(port: int, request: bytes, stack: ExitStack) -> Step:
     channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}"))
     requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     stack.callback(requests.put, None)
@@ -115,6 +121,53 @@ def bare_stream(port: int, request: bytes, stack: ExitStack) -> Step:
         return next(answers)
 
     return exchange
+
+
+def openpi_client(port: int, stack: ExitStack) -> Step:
+    from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
+    policy = WebsocketClientPolicy("127.0.0.1", port)
+    obs = robots.observation(0)
+    return lambda: policy.infer(obs)
+
+
+def our_client(addresses: Mapping[str, str], stream: bool, stack: ExitStack) -> Step:
+    client = stack.enter_context(DualSystemClient(**addresses, schedule=ALWAYS, stream=stream))
+    client.reset(INSTRUCTION)
+    obs = robots.observation(0)
+    return lambda: client.step(obs)
+
+
+def drive(make: Callable[[ExitStack], Step], told: Connection) -> None:
+    """Takes a step whenever it is told to, and tells how many seconds it took."""
+    with ExitStack() as stack:
+        step = make(stack)
+        told.send(0.0)
+        while told.recv():
+            start = time.perf_counter()
+            step()
+            told.send(time.perf_counter() - start)
+
+
+@contextmanager
+def client(make: Callable[[ExitStack], Step]) -> Iterator[Callable[[], float]]:
+    """A client in a process of its own: a function that has it take a step, and gives the seconds that took."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=drive, args=(make, there), daemon=True)
+    child.start()
+    there.close()
+    here.recv()
+
+    def step() -> float:
+        here.send(True)
+        return float(here.recv())
+
+    try:
+        yield step
+    finally:
+        here.send(False)
+        child.join()
 
 
 def sizes(pair: Pair) -> tuple[bytes, int]:
@@ -130,28 +183,27 @@ def sizes(pair: Pair) -> tuple[bytes, int]:
             return request, rpc.Stub(channel, rpc.SPECIALIST).Act(request).ByteSize()
 
 
-def contenders(stack: ExitStack) -> tuple[dict[str, Step], dict[str, int]]:
-    """One step of each, and how many bytes a step moves each way."""
-    pair = stack.enter_context(Pair(Options(command=(sys.executable, "-m", "benchmarks.noop"), settings=SETTINGS)))
-    request, answer_size = sizes(pair)
-    obs = robots.observation(0)
-    steps: dict[str, Step] = {
-        "bare gRPC stream": bare_stream(stack.enter_context(process(serve_bare, answer_size)), request, stack)
+def contenders(stack: ExitStack) -> tuple[dict[str, Callable[[], float]], dict[str, int]]:
+    """The client of each, and how many bytes a step moves each way."""
+
+    def pair() -> Pair:
+        return Pair(Options(command=(sys.executable, "-m", "benchmarks.noop"), settings=SETTINGS))
+
+    def ours(stream: bool) -> Callable[[ExitStack], Step]:
+        return partial(our_client, stack.enter_context(pair()).addresses, stream)
+
+    with pair() as measured:
+        request, answer_size = sizes(measured)
+    bare = stack.enter_context(process(serve_bare, answer_size))
+    makers = {
+        "bare gRPC stream": partial(bare_client, bare, request),
+        "ActStream": ours(stream=True),
+        "Act, unary": ours(stream=False),
     }
-
-    def ours(stream: bool) -> Step:
-        client = stack.enter_context(DualSystemClient(**pair.addresses, schedule=ALWAYS, stream=stream))
-        client.reset(INSTRUCTION)
-        return lambda: client.step(obs)
-
-    steps["ActStream"] = ours(stream=True)
-    steps["Act, unary"] = ours(stream=False)
     if find_spec("openpi_client") is not None:
-        from openpi_client.websocket_client_policy import WebsocketClientPolicy
-
-        policy = WebsocketClientPolicy("127.0.0.1", stack.enter_context(process(serve_openpi)))
-        steps["openpi's websocket pair"] = lambda: policy.infer(obs)
-    return steps, {"request": len(request), "answer": answer_size}
+        makers["openpi's websocket pair"] = partial(openpi_client, stack.enter_context(process(serve_openpi)))
+    clients = {name: stack.enter_context(client(make)) for name, make in makers.items()}
+    return clients, {"request": len(request), "answer": answer_size}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,13 +211,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.transport", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds before each step, as a robot has")
     parser.add_argument("--at-most", type=float, default=1.4, help="times the bare stream's time that ActStream takes")
     measurement.add_outputs(parser)
     options = parser.parse_args(argv)
 
     with ExitStack() as stack:
-        steps, moved = contenders(stack)
-        rows = measurement.interleave(steps, options.rounds, options.warmup)
+        clients, moved = contenders(stack)
+        times: dict[str, list[float]] = {name: [] for name in clients}
+        for position in range(-options.warmup, options.rounds):
+            for name, step in clients.items():
+                time.sleep(options.pause)
+                seconds = step()
+                if position >= 0:
+                    times[name].append(seconds * 1e3)
+        rows = measurement.paired(times)
     found = {row.name: row for row in rows}
     taken = 1 / found["ActStream"].ratio
     missed = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 from typing import Any, Iterable
 
@@ -11,6 +12,8 @@ import numpy.typing as npt
 
 from robodual_client import tensors, wire
 from robodual_client.errors import ServiceFailed
+
+_ACTION = struct.Struct("<7f")
 
 
 @dataclass(frozen=True)
@@ -127,19 +130,22 @@ class Answer:
 
 def checked_action(response: wire.ActResponse, *, step: int, episode: int, address: str) -> npt.NDArray[np.float64]:
     """The action [7]. Raises ServiceFailed if it is not that of this step, or could not be executed."""
-    where = f"Specialist.Act at {address}"
-    if response.step != step or response.episode != episode:
-        raise ServiceFailed(
-            f"{where}: answered step {response.step} of episode {response.episode} "
-            f"when asked for step {step} of episode {episode}"
-        )
+    tensor = response.action
     try:
-        action = tensors.decode(response.action, field="action", dtype=np.float32, shape=(7,))
+        if response.step != step or response.episode != episode:
+            raise ValueError(
+                f"answered step {response.step} of episode {response.episode} "
+                f"when asked for step {step} of episode {episode}"
+            )
+        if tensor.dtype == wire.DTYPE_FLOAT32 and tensor.shape == [7] and len(tensor.data) == _ACTION.size:
+            values = _ACTION.unpack(tensor.data)
+        else:  # which says why
+            values = tuple(tensors.decode(tensor, field="action", dtype=np.float32, shape=(7,)).tolist())
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"the action is not finite: {list(values)}")
     except ValueError as error:
-        raise ServiceFailed(f"{where}: {error}") from error
-    if not all(map(math.isfinite, action.tolist())):
-        raise ServiceFailed(f"{where}: the action is not finite: {action.tolist()}")
-    return action.astype(np.float64)
+        raise ServiceFailed(f"Specialist.Act at {address}: {error}") from error
+    return np.array(values)
 
 
 def _timings(timings: Iterable[Any]) -> dict[str, float]:

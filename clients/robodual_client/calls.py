@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from numbers import Real
-from typing import Any, Callable, Generator, Sequence, TypeVar, Union
+from typing import Any, Callable, Generator, NamedTuple, Sequence, TypeVar, Union
 
 import grpc
 from google.protobuf.message import Message
@@ -55,8 +55,7 @@ def is_wait(given: Any) -> bool:
     return isinstance(given, Real) and 0 <= float(given) <= LONGEST_WAIT
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """Send `request` after `delay` seconds, and give its response to the plan or throw the Failure into it."""
 
     address: str
@@ -210,6 +209,6 @@ def repeat(
             if before is not None:
                 yield from before(attempts)
             attempt = call(replicas.current)
-            return (yield replace(attempt, timeout=attempts.timeout(attempt.timeout)))
+            return (yield attempt._replace(timeout=attempts.timeout(attempt.timeout)))
         except Failure as failure:
             yield from attempts.failed(failure)

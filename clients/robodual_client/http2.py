@@ -6,7 +6,7 @@ RFC 9113 is HTTP/2, and "gRPC over HTTP2" of gRPC's documentation how a call loo
 from __future__ import annotations
 
 import struct
-from typing import Iterable, Sequence
+from typing import Iterable, Iterator, Sequence
 from urllib.parse import unquote
 
 import grpc
@@ -27,6 +27,7 @@ INITIAL_WINDOW = 65_535
 LARGEST_WINDOW = 2**31 - 1
 WINDOW = 4 << 20  # that we give
 CONNECTION, STREAM = 0, 1
+_HEAD = struct.Struct(">HBBBI")  # of a frame: its size in three bytes, type, flags, stream
 
 # What a stream that was reset, and an HTTP status that is not 200, mean: of gRPC's documentation.
 RESETS = {
@@ -62,13 +63,14 @@ class Stream:
             _frame(SETTINGS, 0, CONNECTION, struct.pack(">HIHI", ENABLE_PUSH, 0, INITIAL_WINDOW_SIZE, WINDOW)),
             _frame(WINDOW_UPDATE, 0, CONNECTION, struct.pack(">I", WINDOW - INITIAL_WINDOW)),
         ]
-        self._waiting: list[memoryview] = []  # of the message that is sent, what was not given out yet
+        self._waiting: list[Buffer] = []  # of the message that is sent, what was not given out yet
+        self._size = 0  # of that
         # What the peer lets us send, and how.
         self._windows = [INITIAL_WINDOW, INITIAL_WINDOW]
         self._initial_window = INITIAL_WINDOW
         self._frame_size = LARGEST_FRAME
         # What came.
-        self._read = bytearray()
+        self._rest = b""  # of what was read: a frame whose end is still to come
         self._decoder = hpack.Decoder()
         self._block: bytearray | None = None  # a header block whose end is still to come
         self._block_ends = False  # the stream, that is
@@ -80,31 +82,37 @@ class Stream:
     def send(self, message: Sequence[Buffer]) -> None:
         """The request to send next, in pieces. The one before it must have been answered."""
         size = sum(map(len, message))
-        self._waiting = [memoryview(piece) for piece in (struct.pack(">BI", 0, size), *message) if len(piece)]
+        self._waiting = [struct.pack(">BI", 0, size), *message]
+        self._size = size + 5
 
     def outgoing(self) -> list[Buffer]:
         """What can be written now. Empty where the peer's window is closed, or its settings have not come."""
         buffers, self._control = self._control, []
-        if self._opened and self._waiting:
-            self._give_out(buffers)
-        return buffers
-
-    def _give_out(self, buffers: list[Buffer]) -> None:
-        while self._waiting:
+        while self._size and self._opened:
             room = min(*self._windows, self._frame_size)
             if room <= 0:
-                return
-            size = min(room, sum(map(len, self._waiting)))
+                break
+            size = min(room, self._size)
             self._windows = [window - size for window in self._windows]
+            self._size -= size
             buffers.append(_head(size, DATA, 0, STREAM))
-            while size:
-                piece = self._waiting[0]
-                buffers.append(piece[:size])
-                if len(piece) > size:
-                    self._waiting[0] = piece[size:]
-                else:
-                    del self._waiting[0]
-                size -= len(buffers[-1])
+            if self._size:
+                buffers += self._cut(size)
+            else:
+                buffers += self._waiting
+                self._waiting = []
+        return buffers
+
+    def _cut(self, size: int) -> Iterator[Buffer]:
+        """The next `size` bytes of the message."""
+        while size:
+            piece = memoryview(self._waiting[0])[:size]
+            if len(piece) < len(self._waiting[0]):
+                self._waiting[0] = memoryview(self._waiting[0])[size:]
+            else:
+                del self._waiting[0]
+            size -= len(piece)
+            yield piece
 
     def take(self) -> bytes | None:
         """The answer, once it is there in full. Raises Failure where none will come: the call has ended, say."""
@@ -129,7 +137,7 @@ class Stream:
         """Whether there is no use in another request: the call is over, or more came than was asked for."""
         return self._end is not None or bool(self._body)
 
-    def receive(self, data: Buffer) -> None:
+    def receive(self, data: bytes) -> None:
         """Takes what was read."""
         if self._end is None:
             try:
@@ -137,24 +145,24 @@ class Stream:
             except Failure as end:
                 self._end = end
 
-    def _receive(self, data: Buffer) -> None:
-        self._read += data
+    def _receive(self, data: bytes) -> None:
+        data = self._rest + data if self._rest else data
         start = 0
-        while len(self._read) - start >= 9:
-            size = int.from_bytes(self._read[start : start + 3], "big")
+        while len(data) - start >= 9:
+            high, low, kind, flags, stream = _HEAD.unpack_from(data, start)
+            size = high << 8 | low
             if size > LARGEST_FRAME:
                 raise self._broken(f"a frame of {size} bytes, where {LARGEST_FRAME} are the most")
             end = start + 9 + size
-            if len(self._read) < end:
+            if len(data) < end:
                 break
-            kind, flags, stream = struct.unpack_from(">BBI", self._read, start + 3)
-            payload = bytes(self._read[start + 9 : end])
+            payload = data[start + 9 : end]
             start = end
             try:
                 self._take_frame(kind, flags, stream & LARGEST_WINDOW, payload)
             except (struct.error, IndexError):
                 raise self._broken(f"a frame of type {kind} and {size} bytes, which is no size for it") from None
-        del self._read[:start]
+        self._rest = data[start:]
 
     def _take_frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if self._block is not None and kind != CONTINUATION:
@@ -274,7 +282,7 @@ class Stream:
 
 
 def _head(size: int, kind: int, flags: int, stream: int) -> bytes:
-    return struct.pack(">IBBI", size, kind, flags, stream)[1:]
+    return _HEAD.pack(size >> 8, size & 0xFF, kind, flags, stream)
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:

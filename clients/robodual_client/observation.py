@@ -8,6 +8,7 @@ command.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Callable, Sequence
@@ -27,6 +28,8 @@ FARTHEST = 100.0
 _AS_THEY_ARE = (np.dtype("u1"), np.dtype("<f4"))
 # No arm reaches further; millimetres show as more.
 FARTHEST_TCP = 10.0
+_PROPRIO = struct.Struct("<7f")
+_PROPRIO_HEAD = tensor_buffers(np.zeros(7, np.float32))[0]
 
 
 class Encoder:
@@ -51,15 +54,9 @@ class Encoder:
         """
         if not _is_mapping(obs):
             raise InvalidObservation(f"the observation must be CALVIN's dict, got {type(obs).__name__}")
-        values = [sensor.find(obs) for sensor in self._wanted]
-        missing = [sensor.spelled for sensor, value in zip(self._wanted, values) if value is None]
-        if missing:
-            raise InvalidObservation(
-                f"the observation lacks {', '.join(missing)}: the model reads {self._names}; "
-                "add the camera, or serve a checkpoint without it"
-            )
         buffers: list[Buffer] = []
-        for sensor, value in zip(self._wanted, values):
+        for sensor in self._wanted:
+            value = sensor.find(obs)
             known = self._known.get(sensor.number)
             if known is not None and type(value) is np.ndarray and value.flags.c_contiguous:
                 shape, dtype, before = known
@@ -67,11 +64,20 @@ class Encoder:
                     buffers += before
                     buffers.append(value.data.cast("B"))
                     continue
+            if value is None:
+                self._check_complete(obs)
             serialised = sensor.buffers(value)
             if value.dtype in _AS_THEY_ARE:
                 self._known[sensor.number] = value.shape, value.dtype, serialised[:-1]
             buffers += serialised
         return Frame(buffers)
+
+    def _check_complete(self, obs: Mapping[str, Any]) -> None:
+        missing = [sensor.spelled for sensor in self._wanted if sensor.find(obs) is None]
+        raise InvalidObservation(
+            f"the observation lacks {', '.join(missing)}: the model reads {self._names}; "
+            "add the camera, or serve a checkpoint without it"
+        )
 
 
 def encode(obs: Mapping[str, Any], sensors: Sequence[str]) -> Frame:
@@ -130,17 +136,28 @@ def _proprio(array: npt.NDArray[Any], name: str) -> list[Buffer]:
     if array.dtype.kind != "f" or array.shape != (15,):
         raise InvalidObservation(f"{name}: must be float [15], got {array.dtype} {list(array.shape)}")
     values = array.tolist()
-    proprio = [*values[:6], values[14]]
+    x, y, z, roll, pitch, yaw = values[:6]
+    command = values[14]
+    far, turn = FARTHEST_TCP, 2 * math.pi + 1e-3
+    # NaN compares false.
+    if not (
+        (-far <= x <= far and -far <= y <= far and -far <= z <= far)
+        and (-turn <= roll <= turn and -turn <= pitch <= turn and -turn <= yaw <= turn)
+        and -1 <= command <= 1
+    ):
+        raise InvalidObservation(f"{name}{_wrong_proprio([*values[:6], command])}")
+    return [_PROPRIO_HEAD, memoryview(_PROPRIO.pack(x, y, z, roll, pitch, yaw, command))]
+
+
+def _wrong_proprio(proprio: list[float]) -> str:
+    """What is wrong with it."""
     if not all(map(math.isfinite, proprio)):
-        raise InvalidObservation(f"{name}: has values that are not finite: {proprio}")
+        return f": has values that are not finite: {proprio}"
     if max(map(abs, proprio[:3])) > FARTHEST_TCP:
-        raise InvalidObservation(f"{name}[:3]: must be metres within {FARTHEST_TCP:g} of the origin, got {array[:3]}")
-    if max(map(abs, proprio[3:6])) > 2 * math.pi + 1e-3:
-        raise InvalidObservation(f"{name}[3:6]: must be radians, within two pi, got {array[3:6]}: are they degrees?")
-    command = proprio[6]
-    if abs(command) > 1:
-        raise InvalidObservation(f"{name}[14]: the gripper command must be -1 (closed) to 1 (open), got {command:g}")
-    return tensor_buffers(np.array(proprio, np.float32))
+        return f"[:3]: must be metres within {FARTHEST_TCP:g} of the origin, got {proprio[:3]}"
+    if abs(proprio[6]) > 1:
+        return f"[14]: the gripper command must be -1 (closed) to 1 (open), got {proprio[6]:g}"
+    return f"[3:6]: must be radians, within two pi, got {proprio[3:6]}: are they degrees?"
 
 
 class _Sensor:
@@ -156,7 +173,7 @@ class _Sensor:
         """The value, or None."""
         value: Any = obs
         for key in self._path:
-            value = value.get(key) if _is_mapping(value) else None
+            value = value.get(key) if type(value) is dict or _is_mapping(value) else None
         return value
 
     def buffers(self, value: Any) -> list[Buffer]:

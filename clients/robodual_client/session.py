@@ -8,7 +8,6 @@ import re
 import secrets
 import time
 import uuid
-from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
@@ -260,7 +259,7 @@ class Session:
         yield from self._require_model("specialist", attempts)
         if self._first_unseen == 0 and address not in self._reset_at:
             call = self._reset_call(SPECIALIST, address)
-            yield replace(call, timeout=attempts.timeout(call.timeout))
+            yield call._replace(timeout=attempts.timeout(call.timeout))
             self._reset_at.add(address)
         self._opened.add(address)
 
@@ -274,7 +273,7 @@ class Session:
             return
         call = self._info_call(service, address)
         if attempts is not None:
-            call = replace(call, timeout=attempts.timeout(call.timeout))
+            call = call._replace(timeout=attempts.timeout(call.timeout))
         info, began = _checked_info((yield call), name, address), self._began[name]
         if info.model != began.model:
             raise ServiceMismatch(

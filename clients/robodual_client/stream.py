@@ -101,12 +101,14 @@ class ActStream:
                 self._socket.settimeout(self._left())
                 self._socket.sendall(b"".join(buffers))
                 return
-            while buffers:
+            left = sum(map(len, buffers))
+            while left:
                 self._socket.settimeout(self._left())
                 sent = self._socket.sendmsg(buffers[:WRITE])
-                while buffers and sent >= len(buffers[0]):
-                    sent -= len(buffers.pop(0))
-                if sent:
+                left -= sent
+                if left:
+                    while sent >= len(buffers[0]):
+                        sent -= len(buffers.pop(0))
                     buffers[0] = memoryview(buffers[0])[sent:]
         except OSError as error:
             raise self._lost(error) from error

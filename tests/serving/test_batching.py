@@ -3,6 +3,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 
@@ -171,6 +172,20 @@ async def test_a_request_cancelled_in_its_batch_leaves_its_neighbours_alone() ->
         await asyncio.sleep(0.01)
         model.go.set()
         assert (await batcher.submit(2, session="b")).answer == 4
+
+
+async def test_a_request_that_is_refused_while_it_waits_or_runs_leaves_others_alone() -> None:
+    model = Model()
+    async with batching(model) as batcher:
+        first = await submit(batcher, 0, "a")
+        with pytest.raises(ValueError, match="refused"):
+            await batcher.submit(1, session="b", meanwhile=partial(int, "refused"))  # waits, and costs no compute
+        model.go.set()
+        await first
+        with pytest.raises(ValueError, match="refused"):
+            await batcher.submit(2, session="a", meanwhile=partial(int, "refused"))  # runs
+        assert (await batcher.submit(3, session="a")).answer == 6
+    assert [1] not in model.batches
 
 
 async def test_expired_requests_cost_no_compute() -> None:

@@ -24,7 +24,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Done(Generic[Answer]):
     """An answer, the seconds that it waited and the seconds that its batch took."""
 
@@ -92,8 +92,16 @@ class Batcher(Generic[Item, Answer]):
         """Items that wait or run."""
         return self._count + len(self._running)
 
-    async def submit(self, item: Item, *, session: str, deadline: float | None = None) -> Done[Answer]:
-        """The answer to `item`. `deadline` is a time of the event loop's clock.
+    async def submit(
+        self,
+        item: Item,
+        *,
+        session: str,
+        deadline: float | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Done[Answer]:
+        """The answer to `item`. `deadline` is a time of the event loop's clock. `meanwhile` is called once the item
+        waits or runs; where it raises, nobody wants the answer any more.
 
         Raises `ResourceExhausted` if the queue is full (a session that fills it gives way to others),
         `DeadlineExceeded` if the deadline passes in the queue, `Unavailable` if the service shuts down, and what
@@ -114,9 +122,12 @@ class Batcher(Generic[Item, Answer]):
             # Not at once: what arrived together with this one joins its batch.
             self._loop.call_soon(self._start)
         try:
+            if meanwhile is not None:
+                meanwhile()
             return await ticket.done
-        except asyncio.CancelledError:
+        except BaseException:
             self._withdraw(ticket)
+            ticket.done.cancel()
             raise
 
     async def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -46,7 +46,6 @@ class Layout:
                 name, array = next(named)
                 self._arrays.append((name, place, array.shape, array.dtype))
             place += len(piece)
-        self._floats = [(name, f"observation.{name}") for name, *_, dtype in self._arrays if dtype.kind == "f"]
 
     def head(self, request: bytes) -> wire.ActRequest | None:
         """The request without its observation, if it is of this layout."""
@@ -61,11 +60,9 @@ class Layout:
         return None if head.HasField("observation") else head
 
     def frame(self, request: bytes) -> Frame:
-        """Views of the request's bytes. Raises `InvalidArgument` for values out of bounds."""
+        """Views of the request's bytes."""
         end = len(request)
         arrays = {name: np.ndarray(shape, dtype, request, end + place) for name, place, shape, dtype in self._arrays}
-        for name, field in self._floats:
-            observation.check_range(arrays[name], field)
         return Frame(**_NOTHING | arrays)
 
 
@@ -101,7 +98,7 @@ class Layouts:
         return Received(wire.ActRequest.FromString(request), request)
 
     async def frame(self, received: Received) -> Frame:
-        """The observation. Raises `InvalidArgument`."""
+        """The observation, whose values are not checked yet. Raises `InvalidArgument`."""
         if received.layout is not None:
             return received.layout.frame(received.raw)
         frame = await observation.frame(received.message, self._sensors)

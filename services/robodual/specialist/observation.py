@@ -44,7 +44,10 @@ class Resumption:
 
 
 async def frame(request: wire.ActRequest, sensors: Collection[str]) -> Frame:
-    """The observation. Sensors that the model does not read are not looked at. Raises `InvalidArgument`."""
+    """The observation, but for `check_values`. Sensors that the model does not read are not looked at.
+
+    Raises `InvalidArgument`.
+    """
     if not request.HasField("observation"):
         raise InvalidArgument("observation: is missing")
     observation = request.observation
@@ -86,6 +89,8 @@ async def resumption(request: wire.ActRequest) -> Resumption:
         chunk_steps=_tensor(state, "chunk_steps", "recovery", np.int32, (STEPS,)),
         history=_tensor(state, "history", "recovery", np.float32, (4, 7)),
     )
+    _check_range(recovery.chunks, "recovery.chunks")
+    _check_range(recovery.history, "recovery.history")
     try:
         control = ControlLoop(recovery)
     except ValueError as error:
@@ -105,14 +110,19 @@ def _tensor(message: Any, name: str, parent: str, dtype: DTypeLike, shape: Seque
         values = tensors.decode(getattr(message, name), field=field, dtype=dtype, shape=shape)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
-    check_range(values, field)
     return values
 
 
-def check_range(values: NDArray[Any], field: str) -> None:
-    """Raises `InvalidArgument` for floats that are not finite, or out of bounds: depth has its own. Copies nothing."""
-    if values.dtype != FLOAT:
-        return
+def check_values(frame: Frame) -> None:
+    """Raises `InvalidArgument` for values that are not finite, or out of bounds. Copies nothing."""
+    for name in ("depth_static", "depth_gripper", "proprio"):
+        values = getattr(frame, name)
+        if values is not None:
+            _check_range(values, f"observation.{name}")
+
+
+def _check_range(values: NDArray[np.float32], field: str) -> None:
+    """Depth has bounds of its own."""
     depth = field.startswith("observation.depth")
     least, greatest = (0.0, FARTHEST) if depth else (-LIMIT, LIMIT)
     if depth:

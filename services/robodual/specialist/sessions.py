@@ -181,9 +181,10 @@ class Session:
 
     def usable(self, step: int) -> Conditioned | None:
         """The newest conditioning of this episode whose frame is not later than `step`."""
-        return next(
-            (c for c in reversed(self._kept) if c.version.episode == self.episode and c.version.step <= step), None
-        )
+        for conditioned in reversed(self._kept):
+            if conditioned.version.episode == self.episode and conditioned.version.step <= step:
+                return conditioned
+        return None
 
 
 class Sessions:
