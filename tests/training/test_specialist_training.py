@@ -138,6 +138,9 @@ def test_cached_conditionings_train_like_computed_ones(split: Path, tmp_path: Pa
     assert losses[1] == losses[2]
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)  # hidden states are kept as bfloat16
     assert len(list((tmp_path / "cache").glob("span-*.safetensors"))) == 2
+    written = [*(tmp_path / "cache").iterdir(), *tmp_path.glob("*/checkpoints/*/*.*")]
+    assert any(file.name == "state.safetensors" for file in written)
+    assert len({file.stat().st_mode for file in written}) == 1  # others may train with them, and go on
 
 
 def test_a_cache_of_something_else_is_refused(split: Path, tmp_path: Path) -> None:

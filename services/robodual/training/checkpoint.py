@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from robodual import tensor_file
 from robodual.facts import CheckpointError
 from robodual.training.average import Average
 from robodual.training.sharding import like, whole
@@ -135,7 +135,7 @@ class Folder:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            save_file(dict(state), partial / STATE)
+            tensor_file.write(state, partial / STATE)
             (partial / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             export(partial)
             _sync(partial)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from robodual import tensor_file
 from robodual.facts import CheckpointError
 from robodual.generalist.processor import Processor
 from robodual.training.annotations import DatasetError
@@ -108,7 +108,7 @@ class ConditioningCache:
     def _write(self, span: int, found: Sequence[tuple[Tensor, Tensor]]) -> None:
         hidden = torch.stack([states.to(torch.bfloat16) for states, _ in found])
         with replacing(self._path(span)) as partial:
-            save_file({"hidden": hidden, "chunk": torch.stack([chunk for _, chunk in found])}, partial)
+            tensor_file.write({"hidden": hidden, "chunk": torch.stack([chunk for _, chunk in found])}, partial)
 
     def read(self, samples: Sequence[Sample]) -> Conditioning:
         """The samples' conditionings, hidden states as bfloat16 as in service.
