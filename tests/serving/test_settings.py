@@ -117,6 +117,15 @@ def test_files_without_the_tls_that_they_are_for_are_refused(certificates: Path)
     GeneralistSettings(redis_ca=certificates / "ca.pem", redis_url="rediss://redis.lab:6379/0")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("path", ["/robots", "/1a", "/0/1"])
+def test_a_database_of_redis_has_a_number(path: str) -> None:
+    with pytest.raises(ValidationError, match=f"redis_url: expected a database by its number, .*got {path}") as caught:
+        GeneralistSettings(redis_url=f"redis://:hunter2@redis.lab:6379{path}")  # type: ignore[arg-type]
+    assert "hunter2" not in str(caught.value)
+    for fine in ("redis://redis.lab", "redis://redis.lab:6379/", "rediss://redis.lab/7", "unix:///run/redis.sock?db=1"):
+        GeneralistSettings(redis_url=fine)  # type: ignore[arg-type]
+
+
 def test_a_tls_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "certificate.pem").touch()
     with pytest.raises(ValidationError, match=r"tls_key: .*absent\.key is no file"):

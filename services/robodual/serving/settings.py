@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
@@ -86,6 +88,15 @@ class Settings(BaseSettings):
     def places(self) -> tuple[str, ...]:
         """The device of each engine."""
         return self.devices or (self.device,)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_database(cls, value: SecretStr) -> SecretStr:
+        """The client of Redis takes a name for database 0, which may be another's."""
+        url = urlsplit(value.get_secret_value())
+        if url.scheme in ("redis", "rediss") and not re.fullmatch("/?[0-9]*", url.path):
+            raise ValueError(f"redis_url: expected a database by its number, as in redis://HOST:6379/0, got {url.path}")
+        return value
 
     @field_validator("tokens")
     @classmethod
