@@ -101,10 +101,10 @@ class Security:
         return grpc_module.secure_channel(address, self.tls.credentials(), options=options)
 
     def name(self, address: str, host: str | None) -> str:
-        """What the service at `address`, which was found under the name `host`, is called in a request."""
+        """What the service at `address`, which was found under the name `host`, is called in a request: as by gRPC."""
         if self.tls is None:
             return address
-        return self.tls.name or host or _host(address)
+        return self.tls.name or host or address
 
     def connect(self, address: str, name: str, timeout: float) -> socket.socket:
         """A connection to `address`, "ip:port", on which HTTP/2 is spoken, and where TLS is asked for, the service
@@ -119,7 +119,7 @@ class Security:
                     connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
             if self.tls is None:
                 return connected
-            secured = self.tls.context().wrap_socket(connected, server_hostname=name)
+            secured = self.tls.context().wrap_socket(connected, server_hostname=_without_port(name))
             if secured.selected_alpn_protocol() != "h2":
                 secured.close()
                 raise OSError("the service agrees on TLS, but not on HTTP/2")
@@ -189,6 +189,12 @@ def is_ip(address: str) -> bool:
 def _is_loopback(address: str) -> bool:
     host = _host(address)
     return ipaddress.ip_address(host).is_loopback if is_ip(address) else host == "localhost"
+
+
+def _without_port(name: str) -> str:
+    """The host that `name` names, with or without a port, as a certificate has it."""
+    found = re.fullmatch(r"\[(.+)\]:[0-9]+|([^:]+):[0-9]+", name)
+    return name if found is None else found.group(1) or found.group(2)
 
 
 def _host(address: str) -> str:

@@ -33,7 +33,7 @@ class ActStream:
 
     def __init__(self, security: Security, addresses: Iterable[str], name: str, where: str, timeout: float) -> None:
         """Connects to the first of `addresses`, "ip:port", that can be reached, in `timeout` seconds at most. `name` is
-        that of the host, as its certificate has it. Raises Failure.
+        what requests call the host; without its port, if it has one, its certificate must have it. Raises Failure.
         """
         self._where = where
         self._used = time.monotonic()

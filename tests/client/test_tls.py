@@ -12,10 +12,11 @@ import pytest
 from fake_services import FakeGeneralist, FakeSpecialist
 from http2_server import Http2Server
 
-from robodual_client import DualSystemClient, Timeouts, Tls
+from robodual_client import DualSystemClient, Timeouts, Tls, channel
 from robodual_client.channel import security
 from robodual_client.errors import Failure, ServiceUnavailable
 from robodual_client.stream import ActStream
+from robodual_client.wire import rpc
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command for certificates")
 
@@ -30,7 +31,7 @@ def certificates(tmp_path_factory):
     def openssl(*arguments):
         subprocess.run(["openssl", *arguments], cwd=str(folder), check=True, stderr=subprocess.DEVNULL)
 
-    (folder / "server.ext").write_text("subjectAltName=DNS:specialist.test,DNS:localhost\n")
+    (folder / "server.ext").write_text("subjectAltName=DNS:specialist.test,DNS:localhost,IP:127.0.0.1,IP:::1\n")
     (folder / "client.ext").write_text("subjectAltName=DNS:robot.test\n")
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
     openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test authority", "-days", "2")
@@ -153,6 +154,40 @@ def test_stream_checks_the_certificate_as_grpc_does(secure, certificates, monkey
         stream(specialist, "specialist.test", named)
     monkeypatch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", str(certificates / "ca.pem"))
     stream(specialist, "specialist.test", named)
+
+
+@pytest.mark.parametrize(("host", "name"), [(None, None), ("localhost", None), ("localhost", "specialist.test")])
+def test_stream_calls_the_service_what_grpc_calls_it(certificates, host, name):
+    # Proxies route by it: some tell "host" from "host:port", and all refuse an IPv6 address without brackets.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+    context.set_alpn_protocols(["h2"])
+    called = []
+
+    def keep(peer):
+        for _ in peer.messages():
+            called.append(peer.headers[":authority"])
+            peer.answer(b"")
+
+    server = Http2Server(keep, context=context)
+    secured = security(None, Tls(certificates / "ca.pem", name=name))
+    with_grpc = secured.channel(grpc, server.address, host)
+    next(rpc.Stub(with_grpc, rpc.SPECIALIST).ActStream(iter([b"request"]), timeout=5))
+    with_grpc.close()
+    opened = ActStream(secured, [server.address], secured.name(server.address, host), "Specialist.Act", 5)
+    opened.exchange([b"request"], 5)
+    opened.close()
+    server.close()
+    assert called[0] == called[1]
+
+
+def test_ipv6_address_keeps_its_brackets_but_for_the_certificate(secure, monkeypatch):
+    _, specialist, tls, _ = secure
+    monkeypatch.setattr(channel, "_host", lambda address: "127.0.0.1")  # where the service is
+    bare = security(None, Tls(tls.ca, tls.certificate, tls.key))
+    name = bare.name("[::1]:50052", None)
+    assert name == "[::1]:50052"
+    ActStream(bare, [specialist], name, "Specialist.Act", 5).close()
 
 
 def test_stream_needs_a_service_that_speaks_http2(certificates):
