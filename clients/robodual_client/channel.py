@@ -114,7 +114,9 @@ class Security:
         try:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in (("TCP_KEEPIDLE", IDLE), ("TCP_KEEPINTVL", SILENT), ("TCP_KEEPCNT", 1)):
+            limits = ("TCP_KEEPIDLE", IDLE), ("TCP_KEEPINTVL", SILENT), ("TCP_KEEPCNT", 1)
+            # No host is asked for a sign of life while it owes one for what was sent: that has the limit that gRPC sets.
+            for option, value in (*limits, ("TCP_USER_TIMEOUT", SILENT * 1000)):
                 if hasattr(socket, option):  # not on every system
                     connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
             if self.tls is None:

@@ -14,7 +14,7 @@ import pytest
 from h2.settings import SettingCodes
 from http2_server import HEADERS, Http2Server, message
 
-from robodual_client import stream, wire
+from robodual_client import channel, stream, wire
 from robodual_client.channel import security
 from robodual_client.errors import Failure
 from robodual_client.http2 import Stream
@@ -311,6 +311,17 @@ def test_a_service_that_does_not_take_the_request_is_given_up_in_time():
         opened = connect(f"127.0.0.1:{listener.getsockname()[1]}")  # by the kernel; nobody reads
         with pytest.raises(Failure, match="DEADLINE_EXCEEDED"):
             opened.exchange(REQUEST, 0.2)
+        opened.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs Linux")
+def test_a_host_that_takes_nothing_is_given_up_before_the_time_for_an_answer_is_over(monkeypatch):
+    monkeypatch.setattr(channel, "SILENT", 1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        opened = connect(f"127.0.0.1:{listener.getsockname()[1]}")
+        opened._http.receive(SETTINGS + frame(8, 0, 0, b"\x40\0\0\0") + frame(4, 0, 0, struct.pack(">HI", 4, 2**30)))
+        with pytest.raises(Failure, match="UNAVAILABLE: no connection: .*timed out"):
+            opened.exchange([bytes(64 << 20)], 20)
         opened.close()
 
 
