@@ -24,6 +24,7 @@ LARGEST_ANSWER = 1 << 20
 LOOKUP = 2.0  # seconds that a name may take to resolve
 # A host that went silent is noticed within 15 seconds, idle streams included.
 IDLE, SILENT = 10, 5  # seconds until it is asked for a sign of life, and until that must come
+PARTIAL_CHAIN = ssl.VerifyFlags(0x80000)  # of OpenSSL; Python names it from 3.10 on
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 
 
@@ -52,12 +53,14 @@ class Tls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["h2"])
+        # As gRPC does: what is in `ca` is trusted, be it an authority below another, or the service's own certificate.
+        context.verify_flags |= PARTIAL_CHAIN
         roots = _default_roots() if self.ca is None else _read(self.ca, "ca")
         try:
             if roots is None:
                 context.load_default_certs()
             else:
-                context.load_verify_locations(cadata=roots.decode())
+                context.load_verify_locations(cadata=roots.decode("ascii", "ignore"))  # comments may be in any script
             if self.certificate is not None:
                 # With a password, a key that has one is refused; without, it would be asked for at the terminal.
                 context.load_cert_chain(self.certificate, self.key, password="")

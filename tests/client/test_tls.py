@@ -35,9 +35,21 @@ def certificates(tmp_path_factory):
     (folder / "client.ext").write_text("subjectAltName=DNS:robot.test\n")
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
     openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test authority", "-days", "2")
-    for name in ("server", "client"):
+    (folder / "middle.ext").write_text("basicConstraints=CA:TRUE\n")
+    (folder / "below.ext").write_text("subjectAltName=IP:127.0.0.1\n")
+    for name, by in (("server", "ca"), ("client", "ca"), ("middle", "ca"), ("below", "middle")):
         openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", f"{name}.ext")
+        signing = (
+            "-CA",
+            f"{by}.pem",
+            "-CAkey",
+            f"{by}.key",
+            "-CAcreateserial",
+            "-days",
+            "2",
+            "-extfile",
+            f"{name}.ext",
+        )
         openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signing)
     return folder
 
@@ -188,6 +200,21 @@ def test_ipv6_address_keeps_its_brackets_but_for_the_certificate(secure, monkeyp
     name = bare.name("[::1]:50052", None)
     assert name == "[::1]:50052"
     ActStream(bare, [specialist], name, "Specialist.Act", 5).close()
+
+
+def test_stream_trusts_whatever_certificate_is_in_ca_as_grpc_does(certificates, obs):
+    pair = ((certificates / "below.key").read_bytes(), (certificates / "below.pem").read_bytes())
+    servers = [kind(grpc.ssl_server_credentials([pair])) for kind in (FakeGeneralist, FakeSpecialist)]
+    (certificates / "described.pem").write_bytes(
+        "# Főtanúsítvány\n".encode() + (certificates / "middle.pem").read_bytes()
+    )
+    for ca in ("middle.pem", "below.pem", "described.pem"):
+        addresses = [server.address for server in servers]
+        with DualSystemClient(*addresses, tls=Tls(certificates / ca), timeouts=Timeouts(budget=0.5)) as client:
+            client.reset("open the drawer")
+            client.step(obs)
+    for server in servers:
+        server.kill()
 
 
 def test_stream_needs_a_service_that_speaks_http2(certificates):
