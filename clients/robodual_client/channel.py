@@ -9,6 +9,7 @@ import pkgutil
 import re
 import socket
 import ssl
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,19 +112,21 @@ class Security:
 
     def connect(self, address: str, name: str, timeout: float) -> socket.socket:
         """A connection to `address`, "ip:port", on which HTTP/2 is spoken, and where TLS is asked for, the service
-        proved to be `name`. Raises OSError, and ValueError as `Tls.context` does.
+        proved to be `name`, in `timeout` seconds at most. Raises OSError, and ValueError as `Tls.context` does.
         """
+        start = time.monotonic()
         connected = socket.create_connection((_host(address), int(address.rpartition(":")[2])), timeout)
         try:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             limits = ("TCP_KEEPIDLE", IDLE), ("TCP_KEEPINTVL", SILENT), ("TCP_KEEPCNT", 1)
-            # No host is asked for a sign of life while it owes one for what was sent: that has the limit that gRPC sets.
+            # None is asked for while what was sent is not acknowledged: for that, the time limit that gRPC sets.
             for option, value in (*limits, ("TCP_USER_TIMEOUT", SILENT * 1000)):
                 if hasattr(socket, option):  # not on every system
                     connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
             if self.tls is None:
                 return connected
+            connected.settimeout(max(start + timeout - time.monotonic(), 0.001))  # 0 has another meaning
             secured = self.tls.context().wrap_socket(connected, server_hostname=_without_port(name))
             if secured.selected_alpn_protocol() != "h2":
                 secured.close()

@@ -95,6 +95,7 @@ class Connections:
         return outcome
 
     def _exchange(self, call: Call) -> Any:
+        start = time.monotonic()
         stream = self._streams.pop(call.address, None)
         if stream is not None and stream.has_ended():
             stream.close()
@@ -102,20 +103,20 @@ class Connections:
         if stream is None:
             if is_proxied(call.address):  # gRPC knows how to get through
                 return self._call(call)
-            stream = self._open(call)
+            stream = self._open(call, start)
         assert isinstance(call.request, list)
         try:
-            response = stream.exchange(call.request, call.timeout)
+            response = stream.exchange(call.request, call.timeout, start)
         except BaseException:  # Ctrl-C included
             stream.close()
             raise
         self._streams[call.address] = stream
         return response
 
-    def _open(self, call: Call) -> ActStream:
-        found = [call.address] if is_ip(call.address) else _look_up(call.address)
+    def _open(self, call: Call, start: float) -> ActStream:
+        found = [call.address] if is_ip(call.address) else _look_up(call.address, min(LOOKUP, call.timeout))
         name = self._security.name(call.address, self._hosts.get(call.address))
-        return ActStream(self._security, found, name, call.where, call.timeout)
+        return ActStream(self._security, found, name, call.where, call.timeout, start)
 
     def _schedule(self, launch: Launch, halted: int) -> None:
         if isinstance(launch.operation, Resolve):
@@ -212,8 +213,8 @@ class Connections:
         return self._stubs[key]
 
 
-def _look_up(name: str) -> list[str]:
-    """`lookup`, which has no time limit of its own. Raises Failure."""
+def _look_up(name: str, limit: float = LOOKUP) -> list[str]:
+    """`lookup`, which has no time limit of its own, in `limit` seconds at most. Raises Failure."""
     answers: queue.SimpleQueue[list[str] | Failure] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -224,9 +225,9 @@ def _look_up(name: str) -> list[str]:
 
     threading.Thread(target=ask, name="robodual-lookup", daemon=True).start()
     try:
-        answer = answers.get(timeout=LOOKUP)
+        answer = answers.get(timeout=limit)
     except queue.Empty:
-        answer = unresolved(name, f"no answer within {LOOKUP:g} s")
+        answer = unresolved(name, f"no answer within {limit:g} s")
     if isinstance(answer, Failure):
         raise answer
     return answer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from typing import Iterable, Sequence
+from typing import Sequence
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -31,13 +31,22 @@ class ActStream:
     After a Failure, or an interruption, it is of no more use: it would take a late answer for the next one's.
     """
 
-    def __init__(self, security: Security, addresses: Iterable[str], name: str, where: str, timeout: float) -> None:
-        """Connects to the first of `addresses`, "ip:port", that can be reached, in `timeout` seconds at most. `name` is
-        what requests call the host; without its port, if it has one, its certificate must have it. Raises Failure.
+    def __init__(
+        self,
+        security: Security,
+        addresses: Sequence[str],
+        name: str,
+        where: str,
+        timeout: float,
+        start: float | None = None,
+    ) -> None:
+        """Connects to the first of `addresses`, "ip:port", that can be reached, in `timeout` seconds at most, since
+        `start`, if it is not now. `name` is what requests call the host; without its port, if it has one, its
+        certificate must have it. Raises Failure.
         """
         self._where = where
         self._used = time.monotonic()
-        self._set_limit(timeout)
+        self._set_limit(timeout, start)
         self._http = Stream(
             [
                 (":method", "POST"),
@@ -61,9 +70,12 @@ class ActStream:
                 failure = self._lost(error)
         raise failure
 
-    def exchange(self, request: Sequence[Buffer], timeout: float) -> wire.ActResponse:
-        """The answer to the next request, in `timeout` seconds at most. Raises Failure."""
-        self._set_limit(timeout)
+    def exchange(self, request: Sequence[Buffer], timeout: float, start: float | None = None) -> wire.ActResponse:
+        """The answer to the next request, in `timeout` seconds at most, since `start`, if it is not now.
+
+        Raises Failure.
+        """
+        self._set_limit(timeout, start)
         self._http.send(request)
         answer = None
         while answer is None:
@@ -123,9 +135,9 @@ class ActStream:
             raise self._failure(grpc.StatusCode.UNAVAILABLE, "the service closed the connection")
         return data
 
-    def _set_limit(self, timeout: float) -> None:
+    def _set_limit(self, timeout: float, start: float | None) -> None:
         self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
+        self._deadline = (time.monotonic() if start is None else start) + timeout
 
     def _left(self) -> float:
         left = self._deadline - time.monotonic()

@@ -320,7 +320,7 @@ def test_a_host_that_takes_nothing_is_given_up_before_the_time_for_an_answer_is_
     with socket.create_server(("127.0.0.1", 0)) as listener:
         opened = connect(f"127.0.0.1:{listener.getsockname()[1]}")
         opened._http.receive(SETTINGS + frame(8, 0, 0, b"\x40\0\0\0") + frame(4, 0, 0, struct.pack(">HI", 4, 2**30)))
-        with pytest.raises(Failure, match="UNAVAILABLE: no connection: .*timed out"):
+        with pytest.raises(Failure, match=r"UNAVAILABLE: no connection: .*timed out"):
             opened.exchange([bytes(64 << 20)], 20)
         opened.close()
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import numpy as np
 import pytest
 from fake_services import episode, observation
 
 from robodual_client import DualSystemClient, connection, stream
-from robodual_client.channel import is_proxied
+from robodual_client.calls import Call
+from robodual_client.channel import is_proxied, security
+from robodual_client.connection import Connections
+from robodual_client.errors import Failure
+from robodual_client.wire import rpc
 
 
 def streams(client):
@@ -50,6 +55,25 @@ def test_a_name_in_the_address_is_looked_up(generalist, specialist, undisturbed)
         client.reset("lift the red block")
         np.testing.assert_array_equal(episode(client), undisturbed)
         assert list(streams(client)) == [f"localhost:{port}"]
+
+
+def test_a_name_and_an_answer_that_take_long_have_one_time_limit_between_them(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        found = [f"127.0.0.1:{silent.getsockname()[1]}"]
+
+        def slowly(name):
+            time.sleep(1.4)
+            return found
+
+        monkeypatch.setattr(connection, "lookup", slowly)
+        connections = Connections(security(None, False), stream=True)
+        start = time.monotonic()
+        with pytest.raises(Failure, match=r"DEADLINE_EXCEEDED: no answer within 1\.5 s"):
+            connections._perform(Call("specialist:50052", rpc.SPECIALIST, "Act", [b"request"], 1.5))
+        assert time.monotonic() - start < 2.4
+        with pytest.raises(Failure, match=r"UNAVAILABLE: the name cannot be resolved: no answer within 0\.1 s"):
+            connections._perform(Call("specialist:50052", rpc.SPECIALIST, "Act", [b"request"], 0.1))
+        connections.close()
 
 
 def test_through_a_proxy_steps_are_calls_of_grpcs(generalist, specialist, undisturbed, monkeypatch):
