@@ -336,6 +336,19 @@ def test_the_first_address_that_can_be_reached_is_taken(serve):
         connect(closed)
 
 
+def test_an_address_that_is_silent_leaves_time_for_the_next(serve):
+    server = serve(echo)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as first:
+        silent = full.getsockname()
+        first.connect(silent)  # there is no room for another
+        addresses = [f"127.0.0.1:{silent[1]}", server.address]
+        opened = ActStream(security(None, False), addresses, "name", "Specialist.Act", 2)
+        assert opened.exchange(REQUEST, 5).step == len(WHOLE)
+        opened.close()
+        with pytest.raises(Failure, match="DEADLINE_EXCEEDED"):
+            connect(addresses[0], 0.2)
+
+
 def test_a_connection_that_was_cut_while_idle_is_noticed(serve, monkeypatch):
     cut = threading.Event()
 
