@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from robodual_client import wire
-from robodual_client.channel import IDLE, LARGEST_ANSWER, Security
+from robodual_client.channel import LARGEST_ANSWER, Security
 from robodual_client.errors import Failure
 from robodual_client.frame import Buffer
 from robodual_client.http2 import Stream
@@ -23,6 +23,7 @@ from robodual_client.wire.rpc import SPECIALIST
 
 READ = 65_536  # bytes at a time
 WRITE = 64  # buffers at a time: the kernel takes 1024
+REST = 1.0  # seconds without a step, after which it is looked whether the stream is still there
 
 
 class ActStream:
@@ -90,8 +91,10 @@ class ActStream:
             raise self._failure(grpc.StatusCode.INTERNAL, f"the answer cannot be read ({error})") from error
 
     def has_ended(self) -> bool:
-        """Whether the service ended it since the last answer, as it does when nobody is there to answer its pings."""
-        if self._http.ended or time.monotonic() < self._used + IDLE:
+        """Whether it was ended since the last answer: by a proxy to which it was idle for too long, say, or by the service
+        when nobody was there to answer its pings.
+        """
+        if self._http.ended or time.monotonic() < self._used + REST:
             return self._http.ended
         self._socket.settimeout(0)
         try:

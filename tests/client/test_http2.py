@@ -359,13 +359,35 @@ def test_a_connection_that_was_cut_while_idle_is_noticed(serve, monkeypatch):
 
     opened = connect(serve(once).address)
     opened.exchange(REQUEST, 5)
-    monkeypatch.setattr(stream, "IDLE", 0)
+    monkeypatch.setattr(stream, "REST", 0)
     assert not opened.has_ended()
     cut.set()
     until = time.monotonic() + 5
     while not opened.has_ended():
         assert time.monotonic() < until
         time.sleep(0.01)
+    opened.close()
+
+
+@pytest.mark.parametrize("end", [lambda h2: h2.end_stream(1), lambda h2: h2.reset_stream(1, 1)])
+def test_a_stream_that_a_proxy_ended_since_it_was_idle_is_noticed_at_the_next_step(serve, end):
+    idle = threading.Event()
+
+    def proxy(peer):
+        next(peer.messages())
+        peer.answer(response().SerializeToString())
+        idle.wait(5)
+        end(peer.h2)
+        peer.flush()
+        list(peer.messages())
+
+    opened = connect(serve(proxy).address)
+    opened.exchange(REQUEST, 5)
+    idle.set()
+    until = time.monotonic() + 5  # half of what proxies wait, at least
+    while not opened.has_ended():
+        assert time.monotonic() < until
+        time.sleep(0.1)
     opened.close()
 
 
@@ -378,7 +400,7 @@ def test_an_answer_that_nobody_asked_for_ends_the_stream(serve, monkeypatch):
 
     opened = connect(serve(twice).address)
     assert opened.exchange(REQUEST, 5).step == 1
-    monkeypatch.setattr(stream, "IDLE", 0)
+    monkeypatch.setattr(stream, "REST", 0)
     time.sleep(0.1)
     assert opened.has_ended()
     opened.close()

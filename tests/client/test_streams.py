@@ -22,7 +22,7 @@ def streams(client):
 
 
 def test_a_stream_that_was_cut_while_idle_is_opened_again_unnoticed(generalist, specialist, undisturbed, monkeypatch):
-    monkeypatch.setattr(stream, "IDLE", 0)
+    monkeypatch.setattr(stream, "REST", 0)
     with DualSystemClient(generalist.address, specialist.address, seed=3) as client:
         client.reset("lift the red block")
         actions, opened = [], set()
