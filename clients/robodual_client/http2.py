@@ -75,6 +75,7 @@ class Stream:
         self._block: bytearray | None = None  # a header block whose end is still to come
         self._block_ends = False  # the stream, that is
         self._answering = False  # the response's headers came
+        self._draining = False  # the peer asks for calls to be made on another connection
         self._body = bytearray()
         self._taken = 0  # bytes since the windows that we give were last opened
         self._end: Failure | None = None
@@ -134,8 +135,8 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """Whether there is no use in another request: the call is over, or more came than was asked for."""
-        return self._end is not None or bool(self._body)
+        """Whether another request belongs elsewhere: the call is over, or soon will be, or more came than was asked for."""
+        return self._end is not None or self._draining or bool(self._body)
 
     def receive(self, data: bytes) -> None:
         """Takes what was read."""
@@ -198,6 +199,7 @@ class Stream:
             if code or last & LARGEST_WINDOW < STREAM:
                 reason = payload[8:].decode("latin-1") or f"HTTP/2 error {code}"
                 raise self._failure(grpc.StatusCode.UNAVAILABLE, f"the service ended the connection: {reason}")
+            self._draining = True
         elif kind == PUSH_PROMISE:
             raise self._broken("a push, which was forbidden")
 

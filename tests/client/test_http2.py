@@ -141,7 +141,7 @@ def test_an_answer_that_comes_with_the_end_of_the_call_counts(serve):
     opened.close()
 
 
-def test_a_service_that_drains_still_answers(serve):
+def test_a_service_that_drains_still_answers_but_the_next_step_belongs_elsewhere(serve):
     def drain(peer):
         for _ in peer.messages():
             peer.raw(struct.pack(">IBBIII", 8, 0x7, 0, 0, 2**31 - 1, 0)[1:])  # GOAWAY: no new streams
@@ -150,6 +150,7 @@ def test_a_service_that_drains_still_answers(serve):
     opened = connect(serve(drain).address)
     for _ in range(3):
         assert opened.exchange(REQUEST, 5).step == 7
+        assert opened.has_ended()  # it will be cut when the service's patience ends
     opened.close()
 
 
