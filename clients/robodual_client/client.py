@@ -118,7 +118,9 @@ class DualSystemClient:
 
     def close(self) -> None:
         """Lets the services forget the session and closes the connections. The client cannot be used afterwards."""
-        if self._finalizer.alive:
+        if self._connections.inherited:
+            self._finalizer()
+        elif self._finalizer.alive:
             try:
                 self._connections.run(self._session.close())
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -35,6 +36,7 @@ class Connections:
         self._streams: dict[str, ActStream] = {}
         self._halted = 0
         self._closed = False
+        self._process = os.getpid()
         # The worker's:
         self._channels: dict[str, grpc.Channel] = {}
         self._stubs: dict[tuple[str, str], rpc.Stub] = {}
@@ -42,10 +44,17 @@ class Connections:
         self._background: Any = None
         self._worker = Worker()
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this is the copy that a fork left in the child: without threads, its sockets still the parent's."""
+        return self._process != os.getpid()
+
     def run(self, plan: Plan[T]) -> T:
         """Runs `plan` to its end and gives what it returns. Raises what it raises."""
         if self._closed:
             raise RuntimeError("the client is closed")
+        if self.inherited:
+            raise RuntimeError("the client is another process's, from before a fork: make one in this process")
         try:
             operation = next(plan)
             while True:
@@ -157,7 +166,8 @@ class Connections:
         for stream in self._streams.values():
             stream.close()
         self._streams.clear()
-        self._worker.end(self._end, CLOSING)
+        if not self.inherited:
+            self._worker.end(self._end, CLOSING)
 
     # What follows is done by the worker.
 

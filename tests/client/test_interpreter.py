@@ -66,6 +66,35 @@ def test_client_that_nobody_closes_lets_the_interpreter_exit(generalist, special
         assert (done.returncode, done.stderr) == (0, "")
 
 
+FORKED = """
+import os, sys
+from fake_services import observation
+from robodual_client import DualSystemClient
+with DualSystemClient(sys.argv[1], sys.argv[2]) as client:
+    client.reset("open the drawer")
+    client.step(observation(0))
+    child = os.fork()
+    if child == 0:
+        try:
+            client.step(observation(1))
+        except RuntimeError as error:
+            print(error, flush=True)
+        sys.exit()  # which closes the child's copy
+    os.waitpid(child, 0)
+    client.step(observation(2))
+    print("the parent goes on")
+"""
+
+
+def test_a_fork_takes_nothing_from_the_client_and_has_none(generalist, specialist):
+    done = run(FORKED, generalist.address, specialist.address)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "the client is another process's, from before a fork: make one in this process",
+        "the parent goes on",
+    ]
+
+
 @pytest.mark.parametrize("schedule", ["published", "async"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_no_line_of_grpc_runs_in_the_thread_that_ctrl_c_interrupts(generalist, specialist, schedule, stream):
