@@ -33,7 +33,8 @@ class Connections:
         self._security = security
         self._stream = stream
         self._hosts: dict[str, str] = {}  # the names under which addresses were found
-        self._streams: dict[str, ActStream] = {}
+        self._streams: dict[str, ActStream] = {}  # those between two steps
+        self._current: ActStream | None = None
         self._halted = 0
         self._closed = False
         self._process = os.getpid()
@@ -51,8 +52,7 @@ class Connections:
 
     def run(self, plan: Plan[T]) -> T:
         """Runs `plan` to its end and gives what it returns. Raises what it raises."""
-        if self._closed:
-            raise RuntimeError("the client is closed")
+        self._check_open()
         if self.inherited:
             raise RuntimeError("the client is another process's, from before a fork: make one in this process")
         try:
@@ -70,7 +70,13 @@ class Connections:
         finally:
             plan.close()
 
+    def _check_open(self) -> None:
+        """Raises RuntimeError if the client was closed: by a signal's handler in the middle of a step, it may be."""
+        if self._closed:
+            raise RuntimeError("the client is closed")
+
     def _perform(self, operation: Operation) -> Any:
+        self._check_open()
         if isinstance(operation, Call):
             if operation.delay:
                 time.sleep(operation.delay)
@@ -94,6 +100,7 @@ class Connections:
     def _call(self, call: Call) -> Any:
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._worker.do(partial(self._begin, call, answers.put))
+        self._check_open()  # or the worker may have ended before it came to this
         try:
             outcome = answers.get()
         except BaseException:  # Ctrl-C
@@ -114,8 +121,11 @@ class Connections:
                 return self._call(call)
             stream = self._open(call, start)
         assert isinstance(call.request, list)
+        self._current = stream
         try:
+            self._check_open()
             response = stream.exchange(call.request, call.timeout, start)
+            self._check_open()
         except BaseException:  # Ctrl-C included
             stream.close()
             raise
@@ -166,6 +176,8 @@ class Connections:
         for stream in self._streams.values():
             stream.close()
         self._streams.clear()
+        if self._current is not None and not self.inherited:
+            self._current.interrupt()
         if not self.inherited:
             self._worker.end(self._end, CLOSING)
 

@@ -6,6 +6,7 @@ streams have no time limit for an answer.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 import time
@@ -107,6 +108,11 @@ class ActStream:
             return False
         except OSError:
             return True
+
+    def interrupt(self) -> None:
+        """Has the exchange that is under way, in another thread or under this signal's handler, fail at once."""
+        with contextlib.suppress(OSError):  # it was closed
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import threading
 import time
 
 import numpy as np
@@ -47,6 +50,29 @@ def test_one_stream_serves_all_episodes(generalist, specialist, obs):
             client.step(obs)
             opened |= set(streams(client).values())
     assert len(opened) == 1
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("by", ["signal", "thread"])
+def test_a_client_that_is_closed_in_the_middle_of_a_step_ends_it(generalist, specialist, obs, by, stream):
+    client = DualSystemClient(generalist.address, specialist.address, stream=stream)
+    client.reset("lift the red block")
+    client.step(obs)
+    before = signal.signal(signal.SIGUSR1, lambda *_: client.close())
+    answered = threading.Event()
+    if by == "signal":
+        specialist.fail("Act", lambda: (os.kill(os.getpid(), signal.SIGUSR1), answered.wait(10)))
+    else:
+        specialist.fail("Act", lambda: (client.close(), answered.wait(10)))
+    try:
+        with pytest.raises(RuntimeError, match="the client is closed"):
+            client.step(obs)
+    finally:
+        answered.set()
+        signal.signal(signal.SIGUSR1, before)
+    assert client._connections._current is None or client._connections._current._socket.fileno() == -1
+    assert not streams(client)
 
 
 def test_a_name_in_the_address_is_looked_up(generalist, specialist, undisturbed):
