@@ -135,7 +135,7 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """Whether another request belongs elsewhere: the call is over, or soon will be, or more came than was asked for."""
+        """Whether another request belongs elsewhere: the call is over or ends soon, or more came than was asked for."""
         return self._end is not None or self._draining or bool(self._body)
 
     def receive(self, data: bytes) -> None:

@@ -92,8 +92,8 @@ class ActStream:
             raise self._failure(grpc.StatusCode.INTERNAL, f"the answer cannot be read ({error})") from error
 
     def has_ended(self) -> bool:
-        """Whether it was ended since the last answer: by a proxy to which it was idle for too long, say, or by the service
-        when nobody was there to answer its pings.
+        """Whether it was ended since the last answer: by a proxy, say, to which it was idle for too long, or by the
+        service, when nobody was there to answer its pings.
         """
         if self._http.ended or time.monotonic() < self._used + REST:
             return self._http.ended
@@ -133,7 +133,19 @@ class ActStream:
                         sent -= len(buffers.pop(0))
                     buffers[0] = memoryview(buffers[0])[sent:]
         except OSError as error:
+            self._hear_out()
             raise self._lost(error) from error
+
+    def _hear_out(self) -> None:
+        """Raises the Failure that the service gave before it closed the connection, if it did."""
+        with contextlib.suppress(OSError):
+            self._socket.settimeout(0)
+            while not self._http.ended:
+                data = self._socket.recv(READ)
+                if not data:
+                    break
+                self._http.receive(data)
+        self._http.take()
 
     def _read(self) -> bytes:
         self._socket.settimeout(self._left())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from fake_services import Awaited, FakeGeneralist, FakeSpecialist, episode, observation
+from http2_server import Http2Server
 
 from robodual_client import DualSystemClient
 
@@ -59,3 +60,17 @@ def undisturbed(generalist):
     generalist.calls.clear()
     assert len(np.unique(actions)) == actions.size
     return actions
+
+
+@pytest.fixture
+def serve():
+    """A function that starts an Http2Server."""
+    servers = []
+
+    def start(handler, settings=None):
+        servers.append(Http2Server(handler, settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

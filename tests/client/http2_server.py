@@ -11,8 +11,14 @@ import h2.connection
 import h2.events
 import h2.settings
 
+from robodual_client import wire
+from robodual_client.channel import security
+from robodual_client.stream import ActStream
+
 TRAILERS = [("grpc-status", "0")]
 HEADERS = [(":status", "200"), ("content-type", "application/grpc")]
+REQUEST = [b"head", memoryview(bytes(range(256)) * 1300), b"", b"tail"]  # 333 kB
+WHOLE = b"".join(REQUEST)
 
 
 def message(body: bytes) -> bytes:
@@ -127,3 +133,26 @@ class Http2Server:
             thread.join(5)
         if self._error is not None:
             raise self._error
+
+
+def connect(address, timeout=5.0, token=None):
+    return ActStream(security(token, False), [address], address, "Specialist.Act", timeout)
+
+
+def response(step=7, size=0):
+    """An ActResponse of some `size` bytes more than it needs."""
+    return wire.ActResponse(step=step, action=wire.Tensor(data=bytes(size)))
+
+
+def echo(peer):
+    """Answers each request with its number of bytes."""
+    for request in peer.messages():
+        assert request == WHOLE
+        peer.answer(response(len(request)).SerializeToString())
+
+
+def frame(kind, flags, on, payload=b""):
+    return struct.pack(">IBBI", len(payload), kind, flags, on)[1:] + payload
+
+
+SETTINGS = frame(4, 0, 0)

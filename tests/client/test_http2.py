@@ -3,55 +3,16 @@
 from __future__ import annotations
 
 import random
-import socket
 import struct
-import threading
-import time
 
 import grpc
 import hpack
 import pytest
 from h2.settings import SettingCodes
-from http2_server import HEADERS, Http2Server, message
+from http2_server import HEADERS, REQUEST, SETTINGS, WHOLE, connect, echo, frame, message, response
 
-from robodual_client import channel, stream, wire
-from robodual_client.channel import security
 from robodual_client.errors import Failure
 from robodual_client.http2 import Stream
-from robodual_client.stream import ActStream
-
-REQUEST = [b"head", memoryview(bytes(range(256)) * 1300), b"", b"tail"]  # 333 kB
-WHOLE = b"".join(REQUEST)
-
-
-@pytest.fixture
-def serve():
-    """A function that starts an Http2Server."""
-    servers = []
-
-    def start(handler, settings=None):
-        servers.append(Http2Server(handler, settings))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
-
-
-def connect(address, timeout=5.0, token=None):
-    return ActStream(security(token, False), [address], address, "Specialist.Act", timeout)
-
-
-def response(step=7, size=0):
-    """An ActResponse of some `size` bytes more than it needs."""
-    return wire.ActResponse(step=step, action=wire.Tensor(data=bytes(size)))
-
-
-def echo(peer):
-    """Answers each request with its number of bytes."""
-    for request in peer.messages():
-        assert request == WHOLE
-        peer.answer(response(len(request)).SerializeToString())
 
 
 @pytest.mark.parametrize(
@@ -211,11 +172,6 @@ def test_how_a_call_ends_is_told_as_grpc_does(serve, end, code, details):
     assert details in caught.value.details
 
 
-def frame(kind, flags, on, payload=b""):
-    return struct.pack(">IBBI", len(payload), kind, flags, on)[1:] + payload
-
-
-SETTINGS = frame(4, 0, 0)
 OK = frame(1, 4, 1, hpack.Encoder().encode([(":status", "200"), ("content-type", "application/grpc")]))
 
 
@@ -288,120 +244,3 @@ def test_whatever_comes_is_an_answer_or_a_failure(seed):
             client.outgoing()
         except Failure:
             assert client.ended or len(client._body) >= 5
-
-
-def test_a_silent_or_dripping_service_is_given_up_in_time(serve):
-    def drip(peer):
-        next(peer.messages())
-        while True:
-            peer.ping()
-            time.sleep(0.05)
-
-    for handler in (drip, lambda peer: [None for _ in peer.messages()]):
-        opened = connect(serve(handler).address)
-        start = time.monotonic()
-        with pytest.raises(Failure, match=r"no answer within 0\.3 s") as caught:
-            opened.exchange(REQUEST, 0.3)
-        assert 0.25 < time.monotonic() - start < 1
-        assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        opened.close()
-
-
-def test_a_service_that_does_not_take_the_request_is_given_up_in_time():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        opened = connect(f"127.0.0.1:{listener.getsockname()[1]}")  # by the kernel; nobody reads
-        with pytest.raises(Failure, match="DEADLINE_EXCEEDED"):
-            opened.exchange(REQUEST, 0.2)
-        opened.close()
-
-
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs Linux")
-def test_a_host_that_takes_nothing_is_given_up_before_the_time_for_an_answer_is_over(monkeypatch):
-    monkeypatch.setattr(channel, "SILENT", 1)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        opened = connect(f"127.0.0.1:{listener.getsockname()[1]}")
-        opened._http.receive(SETTINGS + frame(8, 0, 0, b"\x40\0\0\0") + frame(4, 0, 0, struct.pack(">HI", 4, 2**30)))
-        with pytest.raises(Failure, match=r"UNAVAILABLE: no connection: .*timed out"):
-            opened.exchange([bytes(64 << 20)], 20)
-        opened.close()
-
-
-def test_the_first_address_that_can_be_reached_is_taken(serve):
-    server = serve(echo)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        closed = f"127.0.0.1:{listener.getsockname()[1]}"
-    opened = ActStream(security(None, False), [closed, server.address], "name", "Specialist.Act", 5)
-    assert opened.exchange(REQUEST, 5).step == len(WHOLE)
-    opened.close()
-    with pytest.raises(Failure, match=r"UNAVAILABLE: no connection: .*refused"):
-        connect(closed)
-
-
-def test_an_address_that_is_silent_leaves_time_for_the_next(serve):
-    server = serve(echo)
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as first:
-        silent = full.getsockname()
-        first.connect(silent)  # there is no room for another
-        addresses = [f"127.0.0.1:{silent[1]}", server.address]
-        opened = ActStream(security(None, False), addresses, "name", "Specialist.Act", 2)
-        assert opened.exchange(REQUEST, 5).step == len(WHOLE)
-        opened.close()
-        with pytest.raises(Failure, match="DEADLINE_EXCEEDED"):
-            connect(addresses[0], 0.2)
-
-
-def test_a_connection_that_was_cut_while_idle_is_noticed(serve, monkeypatch):
-    cut = threading.Event()
-
-    def once(peer):
-        next(peer.messages())
-        peer.answer(response().SerializeToString())
-        cut.wait(5)
-
-    opened = connect(serve(once).address)
-    opened.exchange(REQUEST, 5)
-    monkeypatch.setattr(stream, "REST", 0)
-    assert not opened.has_ended()
-    cut.set()
-    until = time.monotonic() + 5
-    while not opened.has_ended():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    opened.close()
-
-
-@pytest.mark.parametrize("end", [lambda h2: h2.end_stream(1), lambda h2: h2.reset_stream(1, 1)])
-def test_a_stream_that_a_proxy_ended_since_it_was_idle_is_noticed_at_the_next_step(serve, end):
-    idle = threading.Event()
-
-    def proxy(peer):
-        next(peer.messages())
-        peer.answer(response().SerializeToString())
-        idle.wait(5)
-        end(peer.h2)
-        peer.flush()
-        list(peer.messages())
-
-    opened = connect(serve(proxy).address)
-    opened.exchange(REQUEST, 5)
-    idle.set()
-    until = time.monotonic() + 5  # half of what proxies wait, at least
-    while not opened.has_ended():
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    opened.close()
-
-
-def test_an_answer_that_nobody_asked_for_ends_the_stream(serve, monkeypatch):
-    def twice(peer):
-        next(peer.messages())
-        peer.answer(response(1).SerializeToString())
-        peer.answer(response(2).SerializeToString())
-        list(peer.messages())
-
-    opened = connect(serve(twice).address)
-    assert opened.exchange(REQUEST, 5).step == 1
-    monkeypatch.setattr(stream, "REST", 0)
-    time.sleep(0.1)
-    assert opened.has_ended()
-    opened.close()
