@@ -170,8 +170,21 @@ def _read(path: str | Path | None, name: str) -> bytes | None:
 
 
 def is_proxied(address: str) -> bool:
-    """Whether gRPC may go through a proxy to `address`: the environment names one."""
-    return not _is_loopback(address) and any(os.environ.get(name) for name in PROXIES)
+    """Whether gRPC may go through a proxy to `address`: the environment names one, and does not except the address."""
+    if _is_loopback(address) or not any(os.environ.get(name) for name in PROXIES):
+        return False
+    excepted = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))
+    return not any(_is_among(_host(address), entry.strip()) for entry in excepted.split(","))
+
+
+def _is_among(host: str, entry: str) -> bool:
+    """Whether `entry` of no_proxy means `host`, by gRPC's rules: it is the end of its name, or a network."""
+    if entry and host.lower().endswith(entry.lower()):
+        return True
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        return False
 
 
 def _default_roots() -> bytes | None:

@@ -112,9 +112,32 @@ def test_through_a_proxy_steps_are_calls_of_grpcs(generalist, specialist, undist
 
 @pytest.mark.parametrize("name", ["grpc_proxy", "https_proxy", "http_proxy"])
 def test_a_proxy_is_one_that_the_environment_names_for_grpc(name, monkeypatch):
-    for other in ("grpc_proxy", "https_proxy", "http_proxy"):
+    for other in ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy"):
         monkeypatch.delenv(other, raising=False)
     assert not is_proxied("10.0.0.1:50052")
     monkeypatch.setenv(name, "http://10.0.0.9:3128")
     assert all(map(is_proxied, ("10.0.0.1:50052", "specialist:50052")))
     assert not any(map(is_proxied, ("127.0.0.1:50052", "[::1]:50052", "localhost:50052")))
+
+
+@pytest.mark.parametrize(
+    ("excepted", "address", "proxied"),
+    [
+        ("10.0.0.1", "10.0.0.1:50052", False),
+        ("lab.example, 10.0.0.0/24", "10.0.0.1:50052", False),
+        ("lab.example,10.0.0.0/24", "10.0.1.1:50052", True),
+        ("lab.example", "specialist.LAB.example:50052", False),
+        (".lab.example", "lab.example:50052", True),
+        ("fd00::/8", "[fd00::1]:50052", False),
+        ("", "10.0.0.1:50052", True),
+        ("*", "10.0.0.1:50052", True),
+    ],
+)
+def test_what_no_proxy_excepts_is_reached_by_a_stream(excepted, address, proxied, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://10.0.0.9:3128")
+    monkeypatch.delenv("no_grpc_proxy", raising=False)
+    monkeypatch.setenv("no_proxy", excepted)
+    assert is_proxied(address) is proxied
+    monkeypatch.setenv("no_proxy", "elsewhere")
+    monkeypatch.setenv("no_grpc_proxy", excepted)  # which counts alone
+    assert is_proxied(address) is proxied
