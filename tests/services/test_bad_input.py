@@ -134,6 +134,16 @@ async def test_a_bad_observation_is_named_and_the_session_carries_on(
     assert answer.step == 0
 
 
+async def test_values_out_of_bounds_are_named_before_a_conditioning_is_waited_for(replica: Replica) -> None:
+    await replica.stub.Reset(wire.ResetRequest(session_id="robot", episode=1))
+    for least in ({"min_conditioning": version(1, 0)}, {}):
+        request = act("robot", 0, **least)
+        put("depth_static", spotted(np.nan))(request)
+        with pytest.raises(grpc.aio.AioRpcError, match="depth_static: expected finite") as refused:
+            await replica.stub.Act(request, timeout=5)
+        assert refused.value.code() == INVALID
+
+
 def recovering(**changes: object) -> wire.ActRequest:
     """A request with a recovery state that is right but for the changes."""
     state = {

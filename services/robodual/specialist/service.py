@@ -148,12 +148,10 @@ class SpecialistService:
         identity = fields.session_id(request)
         owner = auth.owner()
         session = self._sessions.use(identity, owner)
-        resumption = None
-        if request.HasField("recovery"):
-            state = request.recovery
-            if session is None or (state.episode, state.step) > session.progress:
-                resumption = await observation.resumption(request)
-                session = self._sessions.open(identity, owner)
+        resumption, state = None, request.recovery
+        if request.HasField("recovery") and (session is None or (state.episode, state.step) > session.progress):
+            resumption = await observation.resumption(request)
+            session = self._sessions.open(identity, owner)
         if session is None:
             raise NotFound(f"session_id: {identity} is not open here; call Reset, or send the recovery state")
         async with session.lock:
@@ -170,7 +168,7 @@ class SpecialistService:
             self._check_order(session, request)
             frame = await self._layouts.frame(received)
             timings.lap("decode")
-            conditioned = await self._conditioning(session, request, deadline, looked)
+            conditioned = await self._conditioning(session, request, frame, deadline, looked)
             timings.lap("wait")
             return await self._answer(session, request.step, frame, conditioned, deadline, timings)
 
@@ -245,9 +243,9 @@ class SpecialistService:
             raise FailedPrecondition(f"step: the session is at step {step}; {request.step} is not after it")
 
     async def _conditioning(
-        self, session: Session, request: wire.ActRequest, deadline: float | None, looked: bool
+        self, session: Session, request: wire.ActRequest, frame: Frame, deadline: float | None, looked: bool
     ) -> Conditioned:
-        """The conditioning for this step: new enough, or what there is to say about it.
+        """The conditioning for this step: new enough, or what there is to say about it, or about a `frame` that waits.
 
         `looked`: the store has just been asked for a session that was served elsewhere, so that what it lacks is lost.
         """
@@ -257,6 +255,8 @@ class SpecialistService:
             raise InvalidArgument(f"min_conditioning: expected at most this episode and step, got {tuple(least)}")
         most = self._settings.max_age_steps
         found = session.usable(step)
+        if found is None or found.version < least or step - found.version.step > most:
+            observation.check_values(frame)
         if request.HasField("min_conditioning"):
             if found is None or found.version < least:
                 if looked:
