@@ -26,7 +26,8 @@ LOOKUP = 2.0  # seconds that a name may take to resolve
 # A host that went silent is noticed within 15 seconds, idle streams included.
 IDLE, SILENT = 10, 5  # seconds until it is asked for a sign of life, and until that must come
 PARTIAL_CHAIN = ssl.VerifyFlags(0x80000)  # of OpenSSL; Python names it from 3.10 on
-PROXIES, EXCEPTIONS = ("grpc_proxy", "https_proxy", "http_proxy"), ("no_grpc_proxy", "no_proxy")
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+NO_PROXIES = ("no_grpc_proxy", "no_proxy")  # the first that is set counts
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def is_proxied(address: str) -> bool:
     """Whether gRPC may go through a proxy to `address`: the environment names one, and does not except the address."""
     if _is_loopback(address) or not any(os.environ.get(name) for name in PROXIES):
         return False
-    excepted = next((os.environ[name] for name in EXCEPTIONS if name in os.environ), "")
+    excepted = next((os.environ[name] for name in NO_PROXIES if name in os.environ), "")
     return not any(_is_among(_host(address), entry.strip()) for entry in excepted.split(","))
 
 
