@@ -41,6 +41,7 @@ def test_request_is_one_of_grpc(serve):
     def keep(peer):
         for _ in peer.messages():
             seen.append(peer.headers)
+            assert peer.h2.remote_settings.enable_push == 0
             peer.answer(response().SerializeToString())
 
     opened = connect(serve(keep).address, token="secret")
@@ -151,6 +152,8 @@ STATUS = (":status", "200"), ("content-type", "application/grpc")
         (lambda peer: (peer.h2.reset_stream(1, 8), peer.flush()), "CANCELLED", "HTTP/2 error 8"),
         (lambda peer: (peer.h2.reset_stream(1, 7), peer.flush()), "UNAVAILABLE", "HTTP/2 error 7"),
         (lambda peer: (peer.h2.reset_stream(1, 2), peer.flush()), "INTERNAL", "HTTP/2 error 2"),
+        (lambda peer: (peer.h2.reset_stream(1, 11), peer.flush()), "RESOURCE_EXHAUSTED", "HTTP/2 error 11"),
+        (lambda peer: (peer.h2.reset_stream(1, 12), peer.flush()), "PERMISSION_DENIED", "HTTP/2 error 12"),
         (goaway(11), "UNAVAILABLE", "ended the connection: calm"),
         (goaway(0, last=0), "UNAVAILABLE", "ended the connection: calm"),
         (lambda peer: None, "UNAVAILABLE", "closed the connection"),
