@@ -24,6 +24,7 @@ from robodual_client.wire.rpc import SPECIALIST
 
 READ = 65_536  # bytes at a time
 WRITE = 64  # buffers at a time: the kernel takes 1024
+GATHERS = hasattr(socket.socket, "sendmsg")  # Windows does not, nor does TLS
 REST = 1.0  # seconds without a step, after which it is looked whether the stream is still there
 
 
@@ -119,7 +120,7 @@ class ActStream:
 
     def _write(self, buffers: list[Buffer]) -> None:
         try:
-            if isinstance(self._socket, ssl.SSLSocket):  # which has no sendmsg
+            if isinstance(self._socket, ssl.SSLSocket) or not GATHERS:
                 self._socket.settimeout(self._left())
                 self._socket.sendall(b"".join(buffers))
                 return

@@ -11,6 +11,7 @@ import pytest
 from h2.settings import SettingCodes
 from http2_server import HEADERS, REQUEST, SETTINGS, WHOLE, connect, echo, frame, message, response
 
+from robodual_client import stream
 from robodual_client.errors import Failure
 from robodual_client.http2 import Stream
 
@@ -33,6 +34,13 @@ def test_requests_arrive_whole_in_whatever_pieces_the_service_takes(serve, setti
         assert opened.exchange(REQUEST, 5).step == len(WHOLE)
     opened.close()
     assert server.connections == 1
+
+
+def test_requests_arrive_whole_where_the_system_takes_one_buffer_at_a_time(serve, monkeypatch):
+    monkeypatch.setattr(stream, "GATHERS", False)
+    opened = connect(serve(echo).address)
+    assert opened.exchange(REQUEST, 5).step == len(WHOLE)
+    opened.close()
 
 
 def test_request_is_one_of_grpc(serve):
