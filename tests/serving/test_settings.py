@@ -119,7 +119,7 @@ def test_files_without_the_tls_that_they_are_for_are_refused(certificates: Path)
 
 @pytest.mark.parametrize("path", ["/robots", "/1a", "/0/1"])
 def test_a_database_of_redis_has_a_number(path: str) -> None:
-    with pytest.raises(ValidationError, match=f"redis_url: expected a database by its number, .*got {path}") as caught:
+    with pytest.raises(ValidationError, match="redis_url: expected a database by its number") as caught:
         GeneralistSettings(redis_url=f"redis://:hunter2@redis.lab:6379{path}")  # type: ignore[arg-type]
     assert "hunter2" not in str(caught.value)
     for fine in ("redis://redis.lab", "redis://redis.lab:6379/", "rediss://redis.lab/7", "unix:///run/redis.sock?db=1"):

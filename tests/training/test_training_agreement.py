@@ -12,6 +12,7 @@ from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from robodual import tensor_file
 from robodual.facts import CheckpointError
 from robodual.training import checkpoint
 from robodual.training.group import Group, joined
@@ -83,7 +85,7 @@ def test_autocast_keeps_no_copy_of_a_weight_that_was_gathered(fsdp: bool, tmp_pa
 
 def fill_the_disk(output: Path, group: Group) -> tuple[int, list[str], str]:
     """Of a training with no space for its second step's checkpoint, and of one with space for none."""
-    write, tried, evaluated = checkpoint.save_file, [], []
+    write, tried, evaluated = tensor_file.write, [], []
 
     def full(*arguments: Any) -> None:
         tried.append(arguments)
@@ -95,7 +97,7 @@ def fill_the_disk(output: Path, group: Group) -> tuple[int, list[str], str]:
         evaluated.append(path.name)
         return {}
 
-    checkpoint.save_file = full
+    checkpoint.tensor_file = SimpleNamespace(write=full)  # type: ignore[assignment]
     max_steps = 6
     done = run(group, output / "some", max_steps, evaluate=evaluate)
     max_steps = 1

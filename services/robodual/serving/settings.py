@@ -95,7 +95,8 @@ class Settings(BaseSettings):
         """The client of Redis takes a name for database 0, which may be another's."""
         url = urlsplit(value.get_secret_value())
         if url.scheme in ("redis", "rediss") and not re.fullmatch("/?[0-9]*", url.path):
-            raise ValueError(f"redis_url: expected a database by its number, as in redis://HOST:6379/0, got {url.path}")
+            # Not what was given: where a password has a slash in it, that is part of the path.
+            raise ValueError("redis_url: expected a database by its number after the host, as in redis://HOST:6379/0")
         return value
 
     @field_validator("tokens")
