@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,14 +41,24 @@ def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warm
 
     The first contender is the baseline of the ratios.
     """
+    return interleave_timed({name: partial(_seconds, run) for name, run in contenders.items()}, rounds, warmup)
+
+
+def interleave_timed(contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int) -> list[Row]:
+    """The same of contenders that give their own seconds."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for position in range(-warmup, rounds):
         for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
+            seconds = run()
             if position >= 0:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(seconds * 1e3)
     return paired(times)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def paired(times: Mapping[str, Sequence[float]]) -> list[Row]:

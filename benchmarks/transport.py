@@ -150,8 +150,11 @@ def drive(make: Callable[[ExitStack], Step], told: Connection) -> None:
 
 
 @contextmanager
-def client(make: Callable[[ExitStack], Step]) -> Iterator[Callable[[], float]]:
-    """A client in a process of its own: a function that has it take a step, and gives the seconds that took."""
+def client(make: Callable[[ExitStack], Step], pause: float) -> Iterator[Callable[[], float]]:
+    """A client in a process of its own: a function that has it take a step, and gives the seconds that took.
+
+    `pause` seconds go by before each.
+    """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     child = context.Process(target=drive, args=(make, there), daemon=True)
@@ -160,6 +163,7 @@ def client(make: Callable[[ExitStack], Step]) -> Iterator[Callable[[], float]]:
     here.recv()
 
     def step() -> float:
+        time.sleep(pause)
         here.send(True)
         return float(here.recv())
 
@@ -183,7 +187,7 @@ def sizes(pair: Pair) -> tuple[bytes, int]:
             return request, rpc.Stub(channel, rpc.SPECIALIST).Act(request).ByteSize()
 
 
-def contenders(stack: ExitStack) -> tuple[dict[str, Callable[[], float]], dict[str, int]]:
+def contenders(stack: ExitStack, pause: float) -> tuple[dict[str, Callable[[], float]], dict[str, int]]:
     """The client of each, and how many bytes a step moves each way."""
 
     def pair() -> Pair:
@@ -202,7 +206,7 @@ def contenders(stack: ExitStack) -> tuple[dict[str, Callable[[], float]], dict[s
     }
     if find_spec("openpi_client") is not None:
         makers["openpi's websocket pair"] = partial(openpi_client, stack.enter_context(process(serve_openpi)))
-    clients = {name: stack.enter_context(client(make)) for name, make in makers.items()}
+    clients = {name: stack.enter_context(client(make, pause)) for name, make in makers.items()}
     return clients, {"request": len(request), "answer": answer_size}
 
 
@@ -217,15 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     with ExitStack() as stack:
-        clients, moved = contenders(stack)
-        times: dict[str, list[float]] = {name: [] for name in clients}
-        for position in range(-options.warmup, options.rounds):
-            for name, step in clients.items():
-                time.sleep(options.pause)
-                seconds = step()
-                if position >= 0:
-                    times[name].append(seconds * 1e3)
-        rows = measurement.paired(times)
+        clients, moved = contenders(stack, options.pause)
+        rows = measurement.interleave_timed(clients, options.rounds, options.warmup)
     found = {row.name: row for row in rows}
     taken = 1 / found["ActStream"].ratio
     missed = []

@@ -173,7 +173,7 @@ class _Sensor:
         """The value, or None."""
         value: Any = obs
         for key in self._path:
-            value = value.get(key) if type(value) is dict or _is_mapping(value) else None
+            value = value.get(key) if _is_mapping(value) else None
         return value
 
     def buffers(self, value: Any) -> list[Buffer]:

@@ -98,17 +98,7 @@ class ActStream:
         """
         if self._http.ended or time.monotonic() < self._used + REST:
             return self._http.ended
-        self._socket.settimeout(0)
-        try:
-            while True:
-                data = self._socket.recv(READ)
-                self._http.receive(data)
-                if not data or self._http.ended:
-                    return True
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return False
-        except OSError:
-            return True
+        return not self._is_open()
 
     def interrupt(self) -> None:
         """Has the exchange that is under way, in another thread or under this signal's handler, fail at once."""
@@ -134,19 +124,24 @@ class ActStream:
                         sent -= len(buffers.pop(0))
                     buffers[0] = memoryview(buffers[0])[sent:]
         except OSError as error:
-            self._hear_out()
+            self._is_open()
+            self._http.take()  # raises the Failure that the service gave before it closed the connection, if it did
             raise self._lost(error) from error
 
-    def _hear_out(self) -> None:
-        """Raises the Failure that the service gave before it closed the connection, if it did."""
-        with contextlib.suppress(OSError):
+    def _is_open(self) -> bool:
+        """Takes in what has come, without waiting. Whether more may come."""
+        try:
             self._socket.settimeout(0)
             while not self._http.ended:
                 data = self._socket.recv(READ)
                 if not data:
-                    break
+                    return False
                 self._http.receive(data)
-        self._http.take()
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
+        except OSError:
+            pass
+        return False
 
     def _read(self) -> bytes:
         self._socket.settimeout(self._left())
