@@ -17,7 +17,7 @@ from robodual_client import tensors, wire
 from robodual_client.observation import FARTHEST
 
 SIDES = range(8, 1025)
-FLOAT, _BITS = np.dtype(np.float32), np.dtype(np.uint32)
+_BITS = np.dtype(np.uint32)
 SMALL = 64  # values that are looked at faster one by one
 LIMIT = 1e4  # of any value, in metres or radians: far from any robot, and from overflow in 16 bits
 # Floats from 0 on are in the order of their bits, and others' bits are above: one look at its bits passes a depth map.
