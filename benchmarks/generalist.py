@@ -97,7 +97,7 @@ def contenders(engine: GeneralistEngine, batch: int) -> dict[str, Callable[[], o
         actions = [decode_actions(ids, engine.model.config.tokens)[0] for ids in decoded.tokens.cpu().numpy()]
         return np.stack(actions), [hidden.to("cpu", torch.bfloat16) for hidden in decoded.hidden]
 
-    drafts = list(plain()[0])
+    drafts = [thought.reference_actions for thought in engine.think(frames, instructions)]
     like = partial(GeneralistEngine, engine.model, engine.processor, engine.facts, constrained=True)
     dynamic, single = like(), like(stepper=engine.stepper, speculation=False)
     return {

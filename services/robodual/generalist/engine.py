@@ -163,6 +163,8 @@ def load_generalist(
     restricted = config.constrained if constrained is None else constrained
     stepper = Stepper(model) if suits(model) else None
     execution = "dynamic cache" if stepper is None else "CUDA graphs" if stepper.captures else "static cache"
+    if stepper is not None and stepper.is_fused:
+        execution += ", fused layers"
     apart = " (kept apart)" if adapters and not merge_adapters else ""
     details = {
         "attention": chosen,

@@ -9,7 +9,6 @@ what it did once is right for every place of every chunk of that shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from robodual.capture import Recorder, Shapes
+from robodual.generalist import layers
+from robodual.generalist.fused import FusedLayers, fuse
 from robodual.generalist.greedy import chunk_layout, greedy
 from robodual.generalist.model import Generalist
 from robodual.generalist.tokens import GENERATED, ROW
@@ -69,15 +69,14 @@ class Stepper:
         self._storage = torch.empty(0, dtype=model.dtype, device=model.device)
         self._too_large = math.inf
         self._states: dict[tuple[int, int], _State] = {}
+        self._fused = fuse(model)
         self._record: Recorder | None = None
         if model.device.type == "cuda" if captures is None else captures:
             self._record = Recorder(model.device)
             self._seen = Graphs(lambda pixels: (model.see(pixels),), model.device, "frames are seen")
-            # FlashAttention-2's wrapper in Transformers looks at the positions of a batch of one.
-            looks = model.language_model.config._attn_implementation == "flash_attention_2"
-            self._prompts = Shapes[tuple[int, int], None](
-                self._record, "prompts are read", 0 if looks else MOST_PROMPTS
-            )
+            # FlashAttention-2's wrapper looks at the positions of a batch of one.
+            most = 0 if _by_transformers(model) else MOST_PROMPTS
+            self._prompts = Shapes[tuple[int, int], None](self._record, "prompts are read", most)
             self._steps = Shapes[tuple[int, int, int, bool, bool], None](self._record, "decoding runs", MOST)
         # The batch that is in it.
         self._state: _State
@@ -89,6 +88,11 @@ class Stepper:
     def captures(self) -> bool:
         """Whether steps are captured."""
         return self._record is not None and self._steps.works
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether steps run by fused kernels."""
+        return self._fused is not None
 
     def see(self, pixels: Tensor) -> Tensor:
         """`Generalist.see`."""
@@ -144,18 +148,22 @@ class Stepper:
             # One shape for all, of a row at least: what is beyond the chunk does no harm, reading the weights takes as
             # long for one token as for eight, and in 16 bits the same kernels round alike, with guesses or without.
             count = self._count
-        model, state, constrained, refining = self._model, self._state, self._constrained, self._refining
+        state, constrained, refining = self._state, self._constrained, self._refining
+
+        def run() -> None:
+            _step(self._model, self._fused, state, count, constrained, refining)
+
         found = None
         if self._record is not None:
             key = state.tokens.shape[0], count, state.keys.shape[3], constrained, refining
             # The runs before a capture are steps too, which the next ones write over once they are taken back.
             before = (state.place.clone(), state.tokens.clone()) if self._steps.is_to_come(key) else None
-            found = self._steps.find(key, lambda: _step(model, state, count, constrained, refining))
+            found = self._steps.find(key, run)
             if before is not None:
                 state.place.copy_(before[0])
                 state.tokens.copy_(before[1])
         if found is None:
-            _step(model, state, count, constrained, refining)
+            run()
         else:
             found[0].replay()
 
@@ -230,20 +238,29 @@ def suits(model: Generalist) -> bool:
 
 def _read(model: Generalist, state: _State, embeddings: Tensor, positions: Tensor, mask: Tensor | None) -> None:
     """The pass over prompts [B, T, D], whose keys and values then stand in front."""
-    cache, length = DynamicCache(config=model.language_model.config), embeddings.shape[1]
+    length = embeddings.shape[1]
+    if not _by_transformers(model):
+        state.read[:, :length] = layers.read(model, embeddings, positions, mask, state.keys, state.values)
+        return
+    cache = DynamicCache(config=model.language_model.config)
     state.read[:, :length] = model.read(embeddings, positions, mask, cache)
     for keys, values, layer in zip(state.keys, state.values, cast(list[DynamicLayer], cache.layers), strict=True):
         keys[:, :, :length] = cast(Tensor, layer.keys)
         values[:, :, :length] = cast(Tensor, layer.values)
 
 
-def _step(model: Generalist, state: _State, count: int, constrained: bool, refining: bool) -> None:
+def _by_transformers(model: Generalist) -> bool:
+    """Whether prompts are read by Transformers' own pass: with FlashAttention-2, which has its wrapper there."""
+    chosen: str = model.language_model.config._attn_implementation
+    return chosen == "flash_attention_2"
+
+
+def _step(
+    model: Generalist, fused: FusedLayers | None, state: _State, count: int, constrained: bool, refining: bool
+) -> None:
     """One step of `count` new tokens a sequence: the last sure one and guesses, of which it keeps those that are right.
 
     With `refining`, what it says after a wrong one becomes the guess there, and a row on.
-
-    The linear layers are the model's own, whatever they have become (quantised, adapted); norms and rotation are its
-    formulas in fewer kernels, whose number is what a captured step of a small batch costs beside its weights.
     """
     llama, ahead = model.language_model.model, state.every[:count]
     places = (state.place + ahead).clamp(max=LAST)  # [B, N], of the tokens fed
@@ -251,17 +268,11 @@ def _step(model: Generalist, state: _State, count: int, constrained: bool, refin
     x = llama.embed_tokens(state.tokens.gather(1, places).clamp(min=0))  # [B, N, D]
     cos, sin = llama.rotary_emb(x, slots - state.padding)  # [B, N, W]
     half = cos.shape[-1] // 2
-    rotation = cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(2)
-    unseen = (state.every > slots.unsqueeze(2)) | (state.every < state.padding.unsqueeze(2))  # [B, N, M]
-    bias = torch.zeros(unseen.shape, dtype=x.dtype, device=x.device).masked_fill_(unseen, -math.inf).unsqueeze(1)
-    # Heads of a group share keys and values (arXiv 2305.13245): to these they are more queries.
-    group = model.config.language.heads // model.config.language.key_value_heads
-    if group > 1:
-        bias = bias.repeat(1, 1, group, 1)  # [B, 1, heads of a group * N, M]
-    for layer, keys, values in zip(cast(Sequence[LlamaDecoderLayer], llama.layers), state.keys, state.values):
-        x = x + _attend(layer, _normed(layer.input_layernorm, x), keys, values, slots, rotation, bias)
-        x = x + layer.mlp(_normed(layer.post_attention_layernorm, x))
-    x = _normed(llama.norm, x)
+    if fused is not None and fused.takes(x.shape[0] * count):
+        x = fused(x, cos[..., :half], sin[..., :half], slots, state.padding, state.keys, state.values)
+    else:
+        x = layers.step(model, x, (cos, sin), slots, state.padding, state.keys, state.values)
+    x = layers.normed(llama.norm, x)
 
     state.hidden.scatter_(1, places.unsqueeze(2).expand_as(x), x)
     following = state.place + 1 + ahead  # [B, N], of the answers
@@ -286,35 +297,3 @@ def _step(model: Generalist, state: _State, count: int, constrained: bool, refin
         better |= layout < 0
     state.tokens.scatter_(1, places, torch.where(better, answers, guesses))
     state.place.add_(kept.sum(dim=1, keepdim=True)).clamp_(max=LAST)
-
-
-def _attend(
-    layer: LlamaDecoderLayer,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    rotation: tuple[Tensor, Tensor],
-    bias: Tensor,
-) -> Tensor:
-    """A layer's attention of x [B, N, D] over its keys and values [B, K, M, W], its own at `slots` included."""
-    attention = layer.self_attn
-    (batch, groups, _, width), count = keys.shape, x.shape[1]
-    # [B, N, heads + K, W]
-    together = torch.cat((attention.q_proj(x), attention.k_proj(x)), dim=-1).view(batch, count, -1, width)
-    cos, sin = rotation
-    # Rotary position embedding (arXiv 2104.09864): the halves change places, and the sine has the sign of the first.
-    together = together * cos + together.roll(width // 2, dims=-1) * sin
-    where = slots[:, None, :, None].expand(-1, groups, -1, width)
-    keys.scatter_(2, where, together[:, :, -groups:].transpose(1, 2))
-    values.scatter_(2, where, attention.v_proj(x).view(batch, count, groups, width).transpose(1, 2))
-    queries = together[:, :, :-groups].transpose(1, 2).reshape(batch, groups, -1, width)
-    found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)  # [B, K, heads of a group * N, W]
-    found = found.reshape(batch, -1, count, width).transpose(1, 2).reshape(batch, count, -1)
-    out: Tensor = attention.o_proj(found)
-    return out
-
-
-def _normed(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
-    """Llama's norm, which rounds before it scales."""
-    return F.rms_norm(x, (x.shape[-1],), eps=norm.variance_epsilon) * norm.weight

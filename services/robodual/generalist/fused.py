@@ -1,0 +1,253 @@
+"""The Llama's layers in a decoding step, by the kernels of kernels.py: where they can be, and how they are launched."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import structlog
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from robodual.generalist.model import Generalist
+from robodual.generalist.quantisation import Float8Linear
+from robodual.generalist.tokens import ROW
+
+logger = structlog.get_logger(__name__)
+
+MOST_ROWS = 64  # beyond, products are no longer bound by the weights' reading, and cuBLAS is as good
+PART = 64  # slots that attention reads at once
+WHOLE = 128  # what every size must be a multiple of
+LINE = 128  # bytes of a line of the cache
+AHEAD = 8  # lines of each row of a weight that are brought near before the kernel before has ended
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Linear layers' weights one below the other, [out, in]; scale: float8's [out]."""
+
+    weight: Tensor
+    scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    qkv: Matrix
+    out: Matrix
+    gate_up: Matrix
+    down: Matrix
+    norm1: Tensor
+    norm2: Tensor
+
+
+class FusedLayers:
+    """All layers of one model. Their weights are laid one below the other, where they then stay; values may change."""
+
+    def __init__(self, model: Generalist) -> None:
+        config = model.config.language
+        self._heads, self._groups, self._width = config.heads, config.key_value_heads, config.width // config.heads
+        self._epsilon = config.rms_epsilon
+        self._depths = config.width, config.mlp_width
+        self._chained = model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) >= (9, 0)
+        self._layers = [
+            _lay_out(layer) for layer in cast(Sequence[LlamaDecoderLayer], model.language_model.model.layers)
+        ]
+
+    def try_one(self) -> None:
+        """Runs the first layer once, which compiles the kernels; raises what goes wrong."""
+        weight = self._layers[0].norm1
+        x = weight.new_zeros(1, ROW, len(weight))
+        angles = weight.new_zeros(1, ROW, self._width // 2)
+        cache = weight.new_zeros(1, 1, self._groups, PART, self._width)
+        slots = torch.arange(ROW, device=weight.device).unsqueeze(0)
+        self(x, angles, angles, slots, slots[:, :1], cache, cache.clone())
+        if weight.is_cuda:
+            torch.cuda.synchronize(weight.device)
+
+    def takes(self, rows: int) -> bool:
+        """Whether so many rows are what they are for."""
+        return rows <= MOST_ROWS
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, padding: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """x [B, N, D] through all layers, before the final norm.
+
+        cos, sin: [B, N, W / 2], of the rotation; slots: int64 [B, N], where the tokens' keys and values go; padding:
+        int64 [B, 1], slots in front that do not count; keys, values: [layers, B, K, M, W].
+        """
+        batch, count, width = x.shape
+        rows, inner = batch * count, self._heads * self._width
+        joined = inner + 2 * self._groups * self._width
+        x = x.reshape(rows, width).clone()
+        qkv, mixed, hidden = x.new_empty(rows, joined), x.new_empty(rows, inner), x.new_empty(rows, self._depths[1])
+        cos, sin, slots, padding = (tensor.contiguous() for tensor in (cos, sin, slots, padding))
+        for layer, own_keys, own_values in zip(self._layers, keys, values):
+            self._linear(x, layer.qkv, qkv, norm=layer.norm1)
+            self._attend(qkv, own_keys, own_values, cos, sin, slots, padding, mixed, count)
+            self._linear(mixed, layer.out, x, residual=x)
+            self._linear(x, layer.gate_up, hidden, norm=layer.norm2, gated=True)
+            self._linear(hidden, layer.down, x, residual=x)
+        return x.view(batch, count, width)
+
+    def _linear(
+        self,
+        x: Tensor,
+        matrix: Matrix,
+        out: Tensor,
+        *,
+        norm: Tensor | None = None,
+        residual: Tensor | None = None,
+        gated: bool = False,
+    ) -> None:
+        from robodual.generalist import kernels
+
+        (rows, depth), columns = x.shape, out.shape[1]
+        wide = columns > depth or gated
+        each = _divisor(columns, 32)
+        part = _divisor(depth, 128 if wide else 256)
+        line = LINE // matrix.weight.element_size()
+        arguments: dict[str, Any] = {"num_warps": 4, **({"launch_pdl": True} if self._chained else {})}
+        kernels.linear[(columns // each,)](
+            x,
+            matrix.weight,
+            x if matrix.scale is None else matrix.scale,
+            x if norm is None else norm,
+            x if residual is None else residual,
+            out,
+            rows,
+            columns,
+            self._epsilon,
+            DEPTH=depth,
+            NORM=norm is not None,
+            GATED=gated,
+            ADDED=residual is not None,
+            SCALED=matrix.scale is not None,
+            CHAINED=self._chained,
+            ROWS=_power(rows),
+            COLUMNS=each,
+            PART=part,
+            STAGES=4,
+            LINE=line,
+            AHEAD=max(1, min(AHEAD, _divisor(depth, depth) // line)),
+            **arguments,
+        )
+
+    def _attend(
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        padding: Tensor,
+        out: Tensor,
+        count: int,
+    ) -> None:
+        from robodual.generalist import kernels
+
+        batch, groups, length, width = keys.shape
+        arguments: dict[str, Any] = {"num_warps": 4, **({"launch_pdl": True} if self._chained else {})}
+        kernels.attention[(batch * groups,)](
+            qkv,
+            keys,
+            values,
+            cos,
+            sin,
+            slots,
+            padding,
+            out,
+            width**-0.5,
+            HEADS=self._heads,
+            GROUPS=groups,
+            WIDTH=width,
+            SLOTS=length,
+            COUNT=count,
+            CHAINED=self._chained,
+            QUERIES=_power(count * (self._heads // groups)),
+            NEW=_power(count),
+            PART=PART,
+            STAGES=3,
+            **arguments,
+        )
+
+
+def fuse(model: Generalist) -> FusedLayers | None:
+    """The model's layers by kernels, where that can be and a first run of them succeeds."""
+    if not can_fuse(model):
+        return None
+    try:
+        layers = FusedLayers(model)
+        layers.try_one()
+    except Exception as error:  # a compiler, a cache folder, a driver: PyTorch's operations need none of them
+        logger.warning("decoding runs without fused kernels", reason=f"{type(error).__name__}: {error}")
+        return None
+    return layers
+
+
+def can_fuse(model: Generalist) -> bool:
+    """Whether the model's layers are such as the kernels read: on a GPU, in bfloat16, plain or float8, with Triton."""
+    config = model.config.language
+    sizes = config.width, config.mlp_width, config.key_value_heads * (config.width // config.heads)
+    kinds = {type(module) for layer in _layers(model) for module in _linears(layer)}
+    return (
+        model.device.type == "cuda"
+        and model.dtype == torch.bfloat16
+        and all(size % WHOLE == 0 for size in sizes)
+        and config.width // config.heads in (32, 64, 128, 256)
+        and (kinds == {nn.Linear} or kinds == {Float8Linear})
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def _layers(model: Generalist) -> Sequence[LlamaDecoderLayer]:
+    return cast(Sequence[LlamaDecoderLayer], model.language_model.model.layers)
+
+
+def _linears(layer: LlamaDecoderLayer) -> list[nn.Module]:
+    """Queries, keys, values, out, gate, up, down."""
+    attention, mlp = layer.self_attn, layer.mlp
+    own = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*own, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _lay_out(layer: LlamaDecoderLayer) -> Layer:
+    linears = _linears(layer)
+    return Layer(
+        qkv=_join(linears[:3]),
+        out=_join(linears[3:4]),
+        gate_up=_join(linears[4:6]),
+        down=_join(linears[6:]),
+        norm1=layer.input_layernorm.weight,
+        norm2=layer.post_attention_layernorm.weight,
+    )
+
+
+def _join(layers: Sequence[nn.Module]) -> Matrix:
+    """Moves the layers' weights into one tensor, of which they are parts from then on."""
+    return Matrix(_joined(layers, "weight"), _joined(layers, "scale") if isinstance(layers[0], Float8Linear) else None)
+
+
+def _joined(layers: Sequence[nn.Module], name: str) -> Tensor:
+    parameters = [cast(nn.Parameter, getattr(layer, name)) for layer in layers]
+    if len(parameters) == 1:
+        return parameters[0].detach()
+    # Bytes, since not all that joins tensors takes float8.
+    whole = torch.cat([parameter.detach().view(torch.uint8) for parameter in parameters]).view(parameters[0].dtype)
+    for parameter, part in zip(parameters, torch.split(whole, [len(p) for p in parameters])):
+        parameter.data = part
+    return whole
+
+
+def _power(rows: int) -> int:
+    """The smallest power of two that holds them, and that a product takes."""
+    return max(16, 1 << (rows - 1).bit_length())
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest power of two up to `most` that divides it."""
+    return min(most, size & -size)

@@ -1,0 +1,182 @@
+"""A decoding step's layers as five Triton kernels each, for a GPU that would else wait for launches between small ones.
+
+A step of a few tokens costs what reading its weights costs. Each kernel here reads its part of them in one stream and
+does the small things around the product while the values are at hand; the next kernel is started before it ends
+(programmatic dependent launch) and has the beginning of its own weights brought near meanwhile.
+
+Tensor names: R rows (sequences times new tokens), D the width, H heads of width W, K key-value heads, M slots.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _bring(pointers):
+    """Has the lines at the pointers brought to the second-level cache, without waiting for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def linear(
+    x,  # [R, DEPTH]
+    weight,  # [columns, DEPTH]; GATED: [2 * columns, DEPTH], the gates' rows first
+    scale,  # float8 weights' [columns] or [2 * columns]
+    norm,  # [DEPTH]
+    residual,  # [R, columns]
+    out,  # [R, columns]
+    rows,
+    columns,
+    epsilon,
+    DEPTH: tl.constexpr,
+    NORM: tl.constexpr,  # x is normed first, by its root mean square and `norm`
+    GATED: tl.constexpr,  # the SiLU of one product times another
+    ADDED: tl.constexpr,  # the residual is added
+    SCALED: tl.constexpr,  # the weight is float8
+    CHAINED: tl.constexpr,  # it may be started before the kernel before it has ended
+    ROWS: tl.constexpr,  # at least R
+    COLUMNS: tl.constexpr,  # of one program
+    PART: tl.constexpr,  # of the depth, at once
+    STAGES: tl.constexpr,
+    LINE: tl.constexpr,  # values of the weight in a line of the cache
+    AHEAD: tl.constexpr,  # lines of each row of the weight that are brought near before the wait
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.arange(0, ROWS)
+    depth = tl.arange(0, PART)
+    starts = weight + column.to(tl.int64) * DEPTH
+    if CHAINED:
+        lines = tl.arange(0, AHEAD) * LINE
+        _bring(starts[:, None] + lines[None, :])
+        if GATED:
+            _bring(starts[:, None] + columns.to(tl.int64) * DEPTH + lines[None, :])
+        gdc_wait()
+        gdc_launch_dependents()
+    inside = row[:, None] < rows
+    sources = x + row[:, None] * DEPTH + depth[None, :]
+    weights = starts[:, None] + depth[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    other = tl.zeros((ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((ROWS,), tl.float32)
+    for start in tl.range(0, DEPTH, PART, num_stages=STAGES):
+        values = tl.load(sources + start, mask=inside, other=0.0)
+        if NORM:
+            wide = values.to(tl.float32)
+            squares += tl.sum(wide * wide, axis=1)
+            values = values * tl.load(norm + start + depth)[None, :]
+        own = tl.load(weights + start)
+        total = tl.dot(values, own.to(values.dtype).T, total, input_precision="ieee")
+        if GATED:
+            second = tl.load(weights + columns.to(tl.int64) * DEPTH + start)
+            other = tl.dot(values, second.to(values.dtype).T, other, input_precision="ieee")
+    if NORM:
+        inverse = 1.0 / tl.sqrt(squares / DEPTH + epsilon)
+        total *= inverse[:, None]
+        other *= inverse[:, None]
+    if SCALED:
+        total *= tl.load(scale + column).to(tl.float32)[None, :]
+    if GATED:
+        if SCALED:
+            other *= tl.load(scale + columns + column).to(tl.float32)[None, :]
+        total = total / (1.0 + tl.exp(-total)) * other
+    places = row[:, None] * columns + column[None, :]
+    if ADDED:
+        total += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attention(
+    qkv,  # [R, (H + 2 K) * W]
+    keys,  # [B, K, M, W], to which it writes the new ones; their slots and those beyond are not read
+    values,  # the same
+    cos,  # [R, W / 2]
+    sin,  # [R, W / 2]
+    slots,  # int64 [R], of the new tokens; a sequence's first is its smallest
+    padding,  # int64 [B], slots in front that do not count
+    out,  # [R, H * W]
+    scale,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COUNT: tl.constexpr,  # new tokens of a sequence
+    CHAINED: tl.constexpr,
+    QUERIES: tl.constexpr,  # at least COUNT times the heads of a group
+    NEW: tl.constexpr,  # at least COUNT
+    PART: tl.constexpr,  # slots at once
+    STAGES: tl.constexpr,
+):
+    """Of one sequence and key-value head a program: rotates queries and keys, keeps keys and values, attends."""
+    sequence, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    half: tl.constexpr = WIDTH // 2
+    stride: tl.constexpr = (HEADS + 2 * GROUPS) * WIDTH
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
+    low, channel = tl.arange(0, half), tl.arange(0, WIDTH)
+
+    query = tl.arange(0, QUERIES)  # the heads of the group, a row of new tokens each
+    counts = query < COUNT * (HEADS // GROUPS)
+    row = sequence * COUNT + query % COUNT
+    head = group * (HEADS // GROUPS) + query // COUNT
+    own = qkv + row[:, None] * stride + head[:, None] * WIDTH + low[None, :]
+    q1 = tl.load(own, mask=counts[:, None], other=0.0).to(tl.float32)
+    q2 = tl.load(own + half, mask=counts[:, None], other=0.0).to(tl.float32)
+    c = tl.load(cos + row[:, None] * half + low[None, :], mask=counts[:, None], other=0.0).to(tl.float32)
+    s = tl.load(sin + row[:, None] * half + low[None, :], mask=counts[:, None], other=0.0).to(tl.float32)
+    kind = qkv.dtype.element_ty
+    turned1, turned2 = (q1 * c - q2 * s).to(kind), (q2 * c + q1 * s).to(kind)
+    # What is no query sees all, so that nothing is divided by zero.
+    place = tl.load(slots + row, mask=counts, other=SLOTS)
+
+    new = tl.arange(0, NEW)
+    there = new < COUNT
+    new_row = sequence * COUNT + new
+    own = qkv + new_row[:, None] * stride + (HEADS + group) * WIDTH + low[None, :]
+    k1 = tl.load(own, mask=there[:, None], other=0.0).to(tl.float32)
+    k2 = tl.load(own + half, mask=there[:, None], other=0.0).to(tl.float32)
+    c = tl.load(cos + new_row[:, None] * half + low[None, :], mask=there[:, None], other=0.0).to(tl.float32)
+    s = tl.load(sin + new_row[:, None] * half + low[None, :], mask=there[:, None], other=0.0).to(tl.float32)
+    kept1, kept2 = (k1 * c - k2 * s).to(kind), (k2 * c + k1 * s).to(kind)
+    source = qkv + new_row[:, None] * stride + (HEADS + GROUPS + group) * WIDTH + channel[None, :]
+    v = tl.load(source, mask=there[:, None], other=0.0)
+    slot = tl.load(slots + new_row, mask=there, other=0)
+    cache = (sequence * GROUPS + group).to(tl.int64) * SLOTS * WIDTH
+    target = keys + cache + slot[:, None] * WIDTH + low[None, :]
+    tl.store(target, kept1, mask=there[:, None])
+    tl.store(target + half, kept2, mask=there[:, None])
+    tl.store(values + cache + slot[:, None] * WIDTH + channel[None, :], v, mask=there[:, None])
+
+    scores = tl.dot(turned1, kept1.T, input_precision="ieee")
+    scores = tl.dot(turned2, kept2.T, scores, input_precision="ieee") * scale
+    scores = tl.where(there[None, :] & (slot[None, :] <= place[:, None]), scores, float("-inf"))
+    most = tl.max(scores, axis=1)
+    shares = tl.exp(scores - most[:, None])
+    sums = tl.sum(shares, axis=1)
+    mixed = tl.dot(shares.to(kind), v, input_precision="ieee")
+
+    first, in_front = tl.load(slots + sequence * COUNT), tl.load(padding + sequence)
+    for start in tl.range(0, SLOTS, PART, num_stages=STAGES):
+        old = start + tl.arange(0, PART)
+        seen = (old < first) & (old >= in_front)
+        source = keys + cache + old[:, None] * WIDTH + low[None, :]
+        k1 = tl.load(source, mask=seen[:, None], other=0.0)
+        k2 = tl.load(source + half, mask=seen[:, None], other=0.0)
+        v = tl.load(values + cache + old[:, None] * WIDTH + channel[None, :], mask=seen[:, None], other=0.0)
+        scores = tl.dot(turned1, k1.T, input_precision="ieee")
+        scores = tl.dot(turned2, k2.T, scores, input_precision="ieee") * scale
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, axis=1))
+        shares, fading = tl.exp(scores - higher[:, None]), tl.exp(most - higher)
+        sums = sums * fading + tl.sum(shares, axis=1)
+        mixed = tl.dot(shares.to(kind), v, mixed * fading[:, None], input_precision="ieee")
+        most = higher
+    mixed = mixed / sums[:, None]
+    target = out + row[:, None] * (HEADS * WIDTH) + head[:, None] * WIDTH + channel[None, :]
+    tl.store(target, mixed.to(kind), mask=counts[:, None])

@@ -1,0 +1,115 @@
+"""The fused kernels against PyTorch's operations: compiled on a GPU, elsewhere in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are read
+pytest.importorskip("triton")
+
+from robodual.generalist import fused, layers
+from robodual.generalist.config import LanguageConfig
+from robodual.generalist.fused import FusedLayers, can_fuse, fuse
+from robodual.generalist.model import Generalist, build, randomise
+from robodual.generalist.quantisation import quantisable, quantise
+from robodual.profiles import PROFILES
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SLOTS = 128
+SHAPES = {
+    "heads of their own": LanguageConfig(width=128, mlp_width=384, layers=2, heads=2, key_value_heads=2),
+    "heads in groups": LanguageConfig(width=256, mlp_width=128, layers=2, heads=4, key_value_heads=2),
+}
+
+
+def model(language: LanguageConfig, dtype: torch.dtype = torch.float32) -> Generalist:
+    made = build(replace(PROFILES["toy"].generalist, language=language), attention="sdpa", dtype=dtype)
+    randomise(made, DEVICE, seed=0)
+    return made
+
+
+def differences(one: Generalist, other: Generalist, batch: int, count: int) -> list[float]:
+    """How far the kernels of `one` are from the operations of `other`: hidden states, keys, values (relative norms)."""
+    language = one.config.language
+    generator = torch.Generator().manual_seed(batch)
+    shape = language.layers, batch, language.key_value_heads, SLOTS, language.width // language.heads
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=generator).to(DEVICE, one.dtype)
+
+    x, keys, values = random(batch, count, language.width), random(*shape), random(*shape)
+    padding = torch.arange(batch, device=DEVICE).unsqueeze(1) * 3
+    # The last tokens of all are beyond the chunk, at one slot, which nobody reads.
+    slots = (40 - padding + torch.arange(count, device=DEVICE)).clamp(max=40 + count - 2)
+    cos, sin = one.language_model.model.rotary_emb(x, slots - padding)
+    half = cos.shape[-1] // 2
+    expected = keys.clone(), values.clone()
+    plain = layers.step(other, x, (cos, sin), slots, padding, *expected)
+    found = FusedLayers(one)(x, cos[..., :half], sin[..., :half], slots, padding, keys, values)
+    read = slots < slots.max()
+    beyond = int(slots.max())
+    for cache in (keys, values, *expected):
+        cache[..., beyond, :] = 0
+    pairs = [(found[read], plain[read]), *zip((keys, values), expected)]
+    return [float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs]
+
+
+@pytest.mark.parametrize("language", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("batch", "count"), [(1, 8), (3, 8), (1, 64), (2, 1)])
+def test_fused_layers_compute_what_the_operations_do(language: LanguageConfig, batch: int, count: int) -> None:
+    one = model(language)
+    assert max(differences(one, one, batch, count)) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("language", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("batch", "count"), [(1, 8), (3, 8), (1, 64)])
+def test_in_bfloat16_they_are_as_near_to_float32_as_the_operations(
+    language: LanguageConfig, batch: int, count: int
+) -> None:
+    short = model(language, torch.bfloat16)
+    assert can_fuse(short)
+    assert fuse(short) is not None
+    assert max(differences(short, short, batch, count)) < 2e-2
+
+
+def test_weights_move_into_one_tensor_and_stay_what_they_were() -> None:
+    language = SHAPES["heads in groups"]
+    one = model(language)
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    FusedLayers(one)
+    after = one.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    attention = one.language_model.model.layers[0].self_attn
+    assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+
+
+def test_float8_weights_are_read_as_they_are() -> None:
+    one = model(SHAPES["heads of their own"])
+    quantise(one, sorted(quantisable(one)), "fp8", DEVICE)
+    assert max(differences(one, one, 1, 8)) < 1e-5
+
+
+def test_they_are_for_bfloat16_on_a_gpu_and_what_fails_leaves_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = model(SHAPES["heads of their own"])
+    assert not can_fuse(one)
+    assert fuse(one) is None
+    monkeypatch.setattr(fused, "can_fuse", lambda model: True)
+    whole = fuse(one)
+    assert whole is not None
+    assert whole.takes(64)
+    assert not whole.takes(65)
+
+    def failing(self: FusedLayers) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(FusedLayers, "try_one", failing)
+    warnings: list[str] = []
+    monkeypatch.setattr(fused.logger, "warning", lambda event, **facts: warnings.append(f"{event}: {facts['reason']}"))
+    assert fuse(one) is None
+    assert warnings == ["decoding runs without fused kernels: RuntimeError: no C compiler"]
