@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from robodual import staging
 from robodual.generalist.greedy import chunk_layout, standing_still
 from robodual.resampling import _taps
 from robodual.specialist import ddim
@@ -61,6 +64,7 @@ def gpu() -> Iterator[Gpu]:
     names = {
         "Stream": _Stream,
         "current_stream": _Stream,
+        "Event": Event,
         "graph_pool_handle": object,
         "device": nullcontext,
         "stream": nullcontext,
@@ -71,6 +75,7 @@ def gpu() -> Iterator[Gpu]:
         for name, fake in names.items():
             stack.enter_context(patch.object(torch.cuda, name, fake))
         stack.enter_context(patch.object(torch.Tensor, "pin_memory", lambda values: values))
+        stack.enter_context(patch.object(staging, "_pinned", pageable))
         stack.enter_context(_device_guard())
         stack.enter_context(mode)
         stack.enter_context(found.kernels)
@@ -100,6 +105,22 @@ def autocast() -> Iterator[None]:
     finally:
         torch.set_autocast_enabled("cuda", False)
         torch.clear_autocast_cache()
+
+
+def pageable(size: int) -> tuple[Tensor, npt.NDArray[np.uint8]]:
+    """In the place of pinned memory, which takes CUDA."""
+    values = np.zeros(size, np.uint8)
+    return torch.from_numpy(values), values
+
+
+class Event:
+    """What `torch.cuda.Event` is where all is over at once."""
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 class _Stream:

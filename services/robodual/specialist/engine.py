@@ -3,69 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from robodual.device import choose
 from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, device_memory, hash_state_dict
-from robodual.graphs import Graphs
 from robodual.images import Strategy
 from robodual.profiles import PROFILES
+from robodual.specialist.captured import LENGTHS, CapturedSteps, Sides
 from robodual.specialist.checkpoint import load
 from robodual.specialist.frames import Frame, Preparation
 from robodual.specialist.packing import can_pack
 from robodual.specialist.policy import Policy
+from robodual.specialist.request import Answer, Features, Projected, Request
 from robodual.specialist.step import Inputs, Step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-GPU_LENGTHS = 64  # a GPU's conditionings are padded to multiples of it: one captured graph for each
-
 __all__ = ["Answer", "Features", "Frame", "Projected", "Request", "SpecialistEngine", "load_specialist"]
-
-
-@dataclass(frozen=True)
-class Projected:
-    """A conditioning's part of the context, projected: keys and values of all blocks, and the mean."""
-
-    keys_values: Tensor  # [L, blocks * 2 * width]
-    mean: Tensor  # [width]
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the next step needs of a static frame: its latents in the place of the previous frame."""
-
-    latents: Tensor  # [latents, width]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One control step of one session.
-
-    `previous` is what the last step's answer gave, or the previous static frame (uint8 [H, W, 3]), or None at step 0,
-    where the current frame stands in, as published.
-    """
-
-    frame: Frame
-    previous: Features | npt.NDArray[np.uint8] | None
-    conditioning: Projected
-    reference_actions: npt.NDArray[np.float32]  # [8, 7], cut by the reference window
-    noise: npt.NDArray[np.float32]  # [8, 7], the starting sample
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The chunk that the diffusion gave, and the frame's features, to give back as `previous` at the next step."""
-
-    chunk: npt.NDArray[np.float32]  # [8, 7]
-    features: Features
 
 
 class SpecialistEngine:
@@ -81,12 +41,10 @@ class SpecialistEngine:
         self.width = policy.config.context_width
         self.sensors = policy.config.sensors
         self.preparation = Preparation(policy.config, strategy, weight.device, weight.dtype)
-        self.captures = weight.is_cuda  # a graph for each batch size and padded length
+        self.captures = weight.is_cuda  # a graph for each batch size, padded length and shape of frames
         with torch.inference_mode():
             self._step = Step(policy)
-        self._graphs = (
-            Graphs(lambda *inputs: self._step(Inputs(*inputs)), weight.device, "steps run") if self.captures else None
-        )
+        self._captured = CapturedSteps(self._step, self.preparation) if self.captures else None
 
     @torch.inference_mode()
     def project(self, hidden_states: Tensor) -> Projected:
@@ -107,13 +65,19 @@ class SpecialistEngine:
         Raises:
             ValueError: naming the sensor, if a frame lacks one that the model reads.
         """
-        if not requests:
-            return []
-        inputs = self._gather(requests)
-        chunks, following = self._step(inputs) if self._graphs is None else self._graphs(*vars(inputs).values())
-        # A copy, so that a session keeps its own few kilobytes and not the batch's.
-        kept = [Features(latents.clone()) for latents in following]
-        return [Answer(chunk, features) for chunk, features in zip(chunks.cpu().numpy(), kept)]
+        if self._captured is None:
+            return _answers(*self._step(self._gather(requests))) if requests else []
+        alike: dict[Sides, list[int]] = {}  # places in the batch of frames of the same shapes
+        for place, request in enumerate(requests):
+            alike.setdefault(self._captured.sides(request.frame), []).append(place)
+        answers: dict[int, Answer] = {}
+        for places in alike.values():
+            group = [requests[place] for place in places]
+            outputs = self._captured(group, self._previous(group))
+            if outputs is None:
+                outputs = self._step(self._gather(group))
+            answers.update(zip(places, _answers(*outputs)))
+        return [answers[place] for place in range(len(requests))]
 
     def _gather(self, requests: Sequence[Request]) -> Inputs:
         preparation, config = self.preparation, self.policy.config
@@ -124,14 +88,15 @@ class SpecialistEngine:
         if config.with_gripper:
             pixels.append(preparation.gripper(frames))
             maps.append(preparation.gripper_depth(frames))
+        none = torch.zeros(config.latents, config.width, device=preparation.device)
         conditionings = [request.conditioning for request in requests]
-        keys_values, mask = _pad([c.keys_values for c in conditionings], GPU_LENGTHS if self.captures else None)
+        keys_values, mask = _pad([c.keys_values for c in conditionings], LENGTHS if self.captures else None)
         return Inputs(
             pixels=torch.cat(pixels),
             maps=torch.cat(maps) if maps else None,
             tactile=preparation.tactile(frames) if config.with_tactile else None,
             proprio=preparation.vectors([frame.proprio for frame in frames]),
-            previous=self._previous(requests),
+            previous=torch.stack([none if latents is None else latents for latents in self._previous(requests)]),
             first=preparation.flags([request.previous is None for request in requests]).view(-1, 1, 1),
             keys_values=keys_values,
             mean=torch.stack([conditioning.mean for conditioning in conditionings]),
@@ -140,19 +105,24 @@ class SpecialistEngine:
             noise=preparation.vectors([request.noise for request in requests]),
         )
 
-    def _previous(self, requests: Sequence[Request]) -> Tensor:
-        """Latents [B, latents, D]: those that were kept, or of the frames that were given, or zeros at step 0."""
+    def _previous(self, requests: Sequence[Request]) -> list[Tensor | None]:
+        """Latents [latents, D]: those that were kept, or of the frame that was given, or None at step 0."""
         given = [request.previous for request in requests if isinstance(request.previous, np.ndarray)]
         replayed = iter(self._step.following(self.preparation.colour(given)) if given else ())
-        preparation, config = self.preparation, self.policy.config
-        none = torch.zeros(config.latents, config.width, device=preparation.device)
-        latents = []
+        latents: list[Tensor | None] = []
         for previous in (request.previous for request in requests):
             if isinstance(previous, Features):
                 latents.append(previous.latents)
             else:
-                latents.append(none if previous is None else next(replayed))
-        return torch.stack(latents)
+                latents.append(None if previous is None else next(replayed))
+        return latents
+
+
+def _answers(chunks: Tensor, following: Tensor) -> list[Answer]:
+    """Waits for the chunks [B, 8, 7]."""
+    # A copy, so that a session keeps its own few kilobytes and not the batch's.
+    kept = [Features(latents.clone()) for latents in following]
+    return [Answer(chunk, features) for chunk, features in zip(chunks.cpu().numpy(), kept)]
 
 
 def _pad(sequences: Sequence[Tensor], multiple: int | None) -> tuple[Tensor, Tensor | None]:

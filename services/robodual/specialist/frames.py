@@ -11,9 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from robodual.graphs import Graphs
+from robodual import resampling
 from robodual.images import Strategy, square
-from robodual.resampling import squares
 from robodual.specialist.config import SpecialistConfig
 from robodual.specialist.depth import resize
 from robodual.specialist.policy import Observation, needed
@@ -49,9 +48,6 @@ class Preparation:
     def __init__(self, config: SpecialistConfig, strategy: Strategy, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.strategy, self.device, self.dtype = config, strategy, device, dtype
         self._means, self._deviations = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEANS, DEVIATIONS))
-        self._on_gpu: Graphs | None = None
-        if device.type == "cuda":
-            self._on_gpu = Graphs(self._prepared, device, "frames are prepared")
 
     def static(self, frames: Sequence[Frame]) -> Tensor:
         """[B, 3, S, S]."""
@@ -72,18 +68,26 @@ class Preparation:
     def tactile(self, frames: Sequence[Frame]) -> Tensor:
         """[B, 6, S, S] in [0, 1]."""
         images = [needed(frame.rgb_tactile, "rgb_tactile") for frame in frames]
-        return torch.cat([resize(self._scaled(image), self.config.tactile_size) for image in images]).to(self.dtype)
+        return torch.cat([self.touches(self.to_device(group)) for group in _stacked(images)])
 
     def colour(self, images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
         """B images [H, W, 3] of any sizes to normalised [B, 3, S, S]. Bytes travel to the device, not floats."""
-        if self._on_gpu is None:
+        if self.device.type == "cpu":
             size = self.config.image_size
             return self._normalised(torch.from_numpy(np.stack([square(i, size, self.strategy) for i in images])))
-        return torch.cat([self._on_gpu(self.to_device(frames))[0] for frames in _stacked(images)])
+        return torch.cat([self.squares(self.to_device(frames)) for frames in _stacked(images)])
 
-    def _prepared(self, frames: Tensor) -> tuple[Tensor]:
-        """What `colour` makes of uint8 frames of one size on a GPU, [B, H, W, 3]."""
-        return (self._normalised(squares(frames, self.config.image_size, self.strategy)),)
+    def squares(self, frames: Tensor) -> Tensor:
+        """What `colour` makes of frames that are on the device: uint8 [B, H, W, 3] to [B, 3, S, S]."""
+        return self._normalised(resampling.squares(frames, self.config.image_size, self.strategy))
+
+    def maps(self, values: Tensor, offset: float) -> Tensor:
+        """Depth maps [B, H, W] to [B, 1, S, S], less the constant."""
+        return resize(values[:, None] - offset, self.config.image_size).to(self.dtype)
+
+    def touches(self, images: Tensor) -> Tensor:
+        """Tactile images uint8 [B, H, W, 6] to [B, 6, S, S] in [0, 1]."""
+        return resize(_scaled(images), self.config.tactile_size).to(self.dtype)
 
     def _normalised(self, frames: Tensor) -> Tensor:
         """Bytes [B, S, S, 3] to [B, 3, S, S]."""
@@ -108,7 +112,8 @@ class Preparation:
             rgb_gripper = self.gripper([frame])
             depth_gripper = self._shifted(needed(frame.depth_gripper, "depth_gripper"), GRIPPER_DEPTH_OFFSET)
         if config.with_tactile:
-            rgb_tactile = self._scaled(needed(frame.rgb_tactile, "rgb_tactile")).to(self.dtype)
+            [images] = _stacked([needed(frame.rgb_tactile, "rgb_tactile")])
+            rgb_tactile = _scaled(self.to_device(images)).to(self.dtype)
         return Observation(
             rgb_static=self.static([frame]),
             rgb_static_previous=self.colour([previous]),
@@ -120,16 +125,11 @@ class Preparation:
         )
 
     def _depth(self, maps: Sequence[npt.NDArray[np.float32]], offset: float) -> Tensor:
-        size, groups = self.config.image_size, map(self.to_device, _stacked(maps))
-        return torch.cat([resize(values[:, None] - offset, size) for values in groups]).to(self.dtype)
+        return torch.cat([self.maps(self.to_device(values), offset) for values in _stacked(maps)])
 
     def _shifted(self, values: npt.NDArray[np.float32], offset: float) -> Tensor:
         """One map [H, W] to [1, H, W], less the constant."""
         return (self.to_device(torch.tensor(values, dtype=torch.float32))[None] - offset).to(self.dtype)
-
-    def _scaled(self, image: npt.NDArray[np.uint8]) -> Tensor:
-        """One tactile image [H, W, 6] to float32 [1, 6, H, W] in [0, 1]."""
-        return self.to_device(torch.tensor(image)).permute(2, 0, 1)[None].to(torch.float32) / 255
 
     def to_device(self, values: Tensor) -> Tensor:
         """Values of the host, without waiting for the device."""
@@ -137,6 +137,11 @@ class Preparation:
             return values
         # From pinned memory the copy needs no wait: the device's stream keeps the order.
         return values.pin_memory().to(self.device, non_blocking=True)
+
+
+def _scaled(images: Tensor) -> Tensor:
+    """Tactile images uint8 [B, H, W, 6] to float32 [B, 6, H, W] in [0, 1]."""
+    return images.permute(0, 3, 1, 2).to(torch.float32) / 255
 
 
 def _stacked(arrays: Sequence[npt.NDArray[Any]]) -> list[Tensor]:
