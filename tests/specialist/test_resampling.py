@@ -52,6 +52,6 @@ def test_frames_are_prepared_on_a_gpu_as_on_the_host(dtype: torch.dtype) -> None
     for shapes in ([(200, 200)] * 3, [(200, 200), (84, 84), (97, 61)]):
         images = [frames(*shape)[0] for shape in shapes]
         expected = preparation.colour(images)
-        preparation._on_gpu = preparation._prepared  # uncaptured
+        preparation._on_gpu = True
         assert torch.equal(preparation.colour(images), expected)
-        preparation._on_gpu = None
+        preparation._on_gpu = False

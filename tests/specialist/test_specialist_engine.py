@@ -209,8 +209,10 @@ def test_a_step_waits_for_the_device_only_for_its_answer() -> None:
     requests[1] = replace(requests[1], previous=frame(9).rgb_static)
     expected = captured.act(requests)
     with torch.inference_mode(), no_waiting():
-        assert captured._graphs is not None
-        chunks, _ = captured._graphs(*vars(captured._gather(requests)).values())
+        assert captured._captured is not None
+        found = captured._captured(requests, captured._previous(requests))
+        assert found is not None
+        chunks, _ = found
         with pytest.raises(RuntimeError, match="synchronizing"):
             chunks.cpu()
     for chunk, answer in zip(chunks.cpu().numpy(), expected, strict=True):

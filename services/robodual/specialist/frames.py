@@ -48,6 +48,7 @@ class Preparation:
     def __init__(self, config: SpecialistConfig, strategy: Strategy, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.strategy, self.device, self.dtype = config, strategy, device, dtype
         self._means, self._deviations = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEANS, DEVIATIONS))
+        self._on_gpu = device.type == "cuda"
 
     def static(self, frames: Sequence[Frame]) -> Tensor:
         """[B, 3, S, S]."""
@@ -72,7 +73,7 @@ class Preparation:
 
     def colour(self, images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
         """B images [H, W, 3] of any sizes to normalised [B, 3, S, S]. Bytes travel to the device, not floats."""
-        if self.device.type == "cpu":
+        if not self._on_gpu:
             size = self.config.image_size
             return self._normalised(torch.from_numpy(np.stack([square(i, size, self.strategy) for i in images])))
         return torch.cat([self.squares(self.to_device(frames)) for frames in _stacked(images)])

@@ -7,10 +7,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
+import pretended
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from robodual import staging
 
 
 class Recording(TorchDispatchMode):
@@ -57,6 +60,7 @@ class Cuda:
         self.graphs = type("CUDAGraph", (Graph,), {})  # counts its own replays
         fakes = {
             "Stream": lambda device: Stream(),
+            "Event": pretended.Event,
             "current_stream": lambda device: Stream(),
             "graph_pool_handle": self._pool,
             "device": lambda device: nullcontext(),
@@ -66,6 +70,7 @@ class Cuda:
         }
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(staging, "_pinned", pretended.pageable)
 
     def _pool(self) -> int:
         self.pools.append(WeakSet())
