@@ -39,7 +39,7 @@ def _across(frames: Tensor, dim: int, wanted: int) -> Tensor:
         return frames
     places, weights = _taps(frames.shape[dim], wanted, frames.device)  # [wanted, K]
     before, after = frames.shape[:dim], frames.shape[dim + 1 :]
-    taken = frames.index_select(dim, places.flatten()).view(*before, *places.shape, *after).to(torch.int32)
+    taken = frames.index_select(dim, places.flatten()).view(*before, *places.shape, *after)
     products = taken * weights.view(*weights.shape, *[1] * len(after))
     total = products.sum(dim=dim + 1, dtype=torch.int32) + (1 << BITS - 1)
     return torch.clamp(total >> BITS, 0, 255).to(torch.uint8)

@@ -96,16 +96,16 @@ class CapturedSteps:
     def _prepared(self, memory: _Memory) -> Inputs:
         """What `SpecialistEngine` gathers of the same requests, bit for bit."""
         prepare, config, read = self._preparation, self._preparation.config, memory.host.tensors
-        pixels, maps = [prepare.squares(read["rgb_static"])], []
+        frames, maps = [read["rgb_static"]], []
         if config.with_depth:
             maps.append(prepare.maps(read["depth_static"], STATIC_DEPTH_OFFSET))
         if config.with_gripper:
-            pixels.append(prepare.squares(read["rgb_gripper"]))
+            frames.append(read["rgb_gripper"])
             maps.append(prepare.maps(read["depth_gripper"], GRIPPER_DEPTH_OFFSET))
         places = torch.arange(memory.keys_values.shape[1], device=prepare.device)
         mask = places < read["lengths"][:, None]
         return Inputs(
-            pixels=torch.cat(pixels),
+            pixels=prepare.pixels(frames),
             maps=torch.cat(maps) if maps else None,
             tactile=prepare.touches(read["rgb_tactile"]) if config.with_tactile else None,
             proprio=read["proprio"],

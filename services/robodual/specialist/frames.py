@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from robodual import resampling
 from robodual.images import Strategy, square
+from robodual.resampling import squares
 from robodual.specialist.config import SpecialistConfig
 from robodual.specialist.depth import resize
 from robodual.specialist.policy import Observation, needed
@@ -76,11 +76,12 @@ class Preparation:
         if not self._on_gpu:
             size = self.config.image_size
             return self._normalised(torch.from_numpy(np.stack([square(i, size, self.strategy) for i in images])))
-        return torch.cat([self.squares(self.to_device(frames)) for frames in _stacked(images)])
+        return self.pixels([self.to_device(frames) for frames in _stacked(images)])
 
-    def squares(self, frames: Tensor) -> Tensor:
-        """What `colour` makes of frames that are on the device: uint8 [B, H, W, 3] to [B, 3, S, S]."""
-        return self._normalised(resampling.squares(frames, self.config.image_size, self.strategy))
+    def pixels(self, groups: Sequence[Tensor]) -> Tensor:
+        """What `colour` makes of frames that are on the device, uint8 [B, H, W, 3], in groups of one size."""
+        size, strategy = self.config.image_size, self.strategy
+        return self._normalised(torch.cat([squares(frames, size, strategy) for frames in groups]))
 
     def maps(self, values: Tensor, offset: float) -> Tensor:
         """Depth maps [B, H, W] to [B, 1, S, S], less the constant."""
