@@ -14,7 +14,8 @@ from torch import Tensor
 
 from robodual.generalist import service, stepping
 from robodual.generalist.decoding import decode
-from robodual.generalist.engine import GeneralistEngine, load_generalist
+from robodual.generalist.engine import GeneralistEngine, _captured, load_generalist
+from robodual.generalist.processor import DevicePixels
 from robodual.generalist.stepping import Stepper
 from robodual.generalist.tokens import ROW
 
@@ -164,6 +165,24 @@ def test_a_step_that_cannot_be_captured_runs_without_and_is_not_tried_again(
     ]
     assert (cuda.captures, cuda.graphs.replays) == (3, 0)
     assert not stepper.captures
+
+
+def test_frames_that_travel_as_bytes_are_the_same_frames(
+    engine: GeneralistEngine, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values)
+    random = np.random.default_rng(0)
+    frames = [random.integers(0, 256, (side, 200, 3), dtype=np.uint8) for side in (200, 200, 84)]
+    device = engine.model.device
+    kinds = (torch.float32, torch.bfloat16)
+    graphs = [_captured(DevicePixels(engine.processor.image, device, kind), device) for kind in kinds]
+    other = GeneralistEngine(engine.model, engine.processor, engine.facts, constrained=True)
+    for batch in (frames[:1], frames[:2], frames, frames[1:2]):
+        for prepare in graphs:
+            other._on_gpu = prepare
+            found = other._pixels(batch)
+            assert torch.equal(found, engine._pixels(batch).to(found.dtype))
+    assert cuda.captures == 3 * len(graphs), "one frame and two, and one of another shape"
 
 
 def test_a_larger_batch_moves_the_cache_and_its_graphs_are_captured_again(engine: GeneralistEngine, cuda: Cuda) -> None:

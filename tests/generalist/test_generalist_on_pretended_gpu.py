@@ -12,7 +12,9 @@ from torch import nn
 
 from robodual.capture import WARMUP, Recorder
 from robodual.generalist.decoding import decode
+from robodual.generalist.engine import _captured
 from robodual.generalist.model import Generalist, build, place_rotary
+from robodual.generalist.processor import DevicePixels, ImageProcessor
 from robodual.generalist.quantisation import Float8Linear, quantisable
 from robodual.generalist.stepping import Stepper
 from robodual.generalist.tokens import GENERATED, ROW
@@ -76,6 +78,18 @@ def test_the_plain_way() -> None:
         for lengths in ((20,), (20, 27)):
             check(model, None, *lengths, constrained=True, window=1)
             check(model, None, *lengths, constrained=False, window=1)
+
+
+def test_frames_travel_as_bytes() -> None:
+    with pretended.gpu() as gpu:
+        prepare = _captured(
+            DevicePixels(ImageProcessor(CONFIG.images), pretended.DEVICE, model.dtype), pretended.DEVICE
+        )
+        for count in (1, 2, 1):
+            found = prepare(torch.zeros((count, 200, 200, 3), dtype=torch.uint8, device=pretended.DEVICE))
+            assert (found.shape, found.dtype) == ((count, 6, 224, 224), torch.bfloat16)
+            assert found.device == pretended.DEVICE
+    assert (gpu.captures, gpu.replays) == (2, 3)
 
 
 def test_weights_in_eight_bits() -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from robodual.generalist.config import ImageConfig
+from robodual.generalist.processor import DevicePixels, ImageProcessor
 from robodual.images import STRATEGIES, Strategy, square
 from robodual.profiles import PROFILES
 from robodual.resampling import squares
@@ -55,3 +57,14 @@ def test_frames_are_prepared_on_a_gpu_as_on_the_host(dtype: torch.dtype) -> None
         preparation._on_gpu = True
         assert torch.equal(preparation.colour(images), expected)
         preparation._on_gpu = False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_generalists_frames_too(strategy: Strategy, dtype: torch.dtype) -> None:
+    image = ImageProcessor(ImageConfig(strategy=strategy))
+    prepare = DevicePixels(image, torch.device("cpu"), dtype)
+    for shape in ((200, 200), (84, 97), (480, 640)):
+        given = frames(*shape)
+        expected = torch.stack([image(frame) for frame in given]).to(dtype)
+        assert torch.equal(prepare(torch.from_numpy(given)), expected)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from robodual.generalist.adapters import read_adapter
 from robodual.generalist.checkpoint import read_checkpoint
 from robodual.generalist.decoding import decode
 from robodual.generalist.model import Generalist, build, randomise
-from robodual.generalist.processor import Processor
+from robodual.generalist.processor import DevicePixels, Processor
 from robodual.generalist.quantisation import check_quantisation, quantisable, quantise
 from robodual.generalist.stepping import Stepper, suits
 from robodual.generalist.tokens import ACTION, CHUNK, GENERATED, ROW, decode_actions, encode_actions
 from robodual.generalist.weights import load_weights
+from robodual.graphs import Graphs
 from robodual.profiles import PROFILES
 
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
@@ -64,6 +66,14 @@ class GeneralistEngine:
         self.speculation = speculation
         self.captures = stepper is not None and stepper.captures  # a graph for each batch size and padded length
         self.width = model.config.language.width
+        self._on_gpu: Callable[[torch.Tensor], torch.Tensor] | None = None
+        if model.device.type == "cuda":
+            prepare = DevicePixels(processor.image, model.device, model.dtype)
+            self._on_gpu = _captured(prepare, model.device) if self.captures else prepare
+        # An instruction comes again with every frame.
+        self._prompt = functools.lru_cache(maxsize=256)(
+            lambda instruction: torch.tensor(processor.prompt(instruction), device=model.device)
+        )
 
     def think(
         self,
@@ -85,27 +95,41 @@ class GeneralistEngine:
         if drafts and len(drafts) != len(frames):
             raise ValueError(f"drafts: expected {len(frames)}, one for each frame, got {len(drafts)}")
         device, tokens = self.model.device, self.model.config.tokens
-        pixels = self.processor.pixels(frames).to(device, self.model.dtype)
-        prompts = [torch.tensor(self.processor.prompt(instruction), device=device) for instruction in instructions]
         expected = None
         if any(draft is not None for draft in drafts):
             rows = [encode_actions(np.zeros((CHUNK, ACTION)) if draft is None else draft, tokens) for draft in drafts]
             expected = torch.from_numpy(np.stack(rows)).to(device)
         decoded = decode(
             self.model,
-            pixels,
-            prompts,
+            self._pixels(frames),
+            [self._prompt(instruction) for instruction in instructions],
             constrained=self.constrained,
             drafts=expected,
             guessing=self.speculation,
             window=ROW if expected is None else GENERATED,
             stepper=self.stepper,
         )
+        # On their way before the tokens, which are waited for.
+        states = [hidden.to("cpu", torch.bfloat16, non_blocking=True) for hidden in decoded.hidden]
         thoughts = []
-        for ids, hidden in zip(decoded.tokens.cpu().numpy(), decoded.hidden):
+        for ids, hidden in zip(decoded.tokens.cpu().numpy(), states):
             actions, malformed = decode_actions(ids, tokens)
-            thoughts.append(Thought(actions, hidden.to("cpu", torch.bfloat16), malformed, decoded.forwards))
+            thoughts.append(Thought(actions, hidden, malformed, decoded.forwards))
         return thoughts
+
+    def _pixels(self, frames: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+        """Frames [H, W, 3] of any sizes to [B, 6, S, S] on the device, to which a GPU's frames travel as bytes."""
+        device = self.model.device
+        if self._on_gpu is None:
+            return self.processor.pixels(frames).to(device, self.model.dtype)
+        groups = [frames] if len({frame.shape for frame in frames}) == 1 else [[frame] for frame in frames]
+        stacked = [torch.from_numpy(np.stack(group)).pin_memory() for group in groups]
+        return torch.cat([self._on_gpu(group.to(device, non_blocking=True)) for group in stacked])
+
+
+def _captured(prepare: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
+    graphs = Graphs(lambda frames: (prepare(frames),), device, "frames are prepared")
+    return lambda frames: graphs(frames)[0]
 
 
 def load_generalist(

@@ -13,6 +13,7 @@ from torch import Tensor
 from robodual.generalist.config import ImageConfig, TokenConfig
 from robodual.generalist.tokenizer import prompt_text
 from robodual.images import square
+from robodual.resampling import squares
 
 
 class ImageProcessor:
@@ -28,8 +29,29 @@ class ImageProcessor:
         config = self.config
         # The square is padded, where it is, with the last tower's mean.
         pixels = torch.from_numpy(square(frame, config.size, config.strategy, config.means[-1]))  # [S, S, 3]
-        image = pixels.permute(2, 0, 1).to(torch.float32) / 255
+        return self.normalised(pixels.permute(2, 0, 1))
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Bytes [3, H, W] -> float32 [6, H, W]."""
+        image = pixels.to(torch.float32) / 255
         return image.repeat(2, 1, 1).sub_(self._means).div_(self._deviations)
+
+
+class DevicePixels:
+    """Makes frames square and normalises them on a device: what `Processor.pixels` makes of them, bit for bit."""
+
+    def __init__(self, image: ImageProcessor, device: torch.device, dtype: torch.dtype) -> None:
+        self._config = image.config
+        # A device may divide otherwise, but there are only so many bytes: what the host makes of each, [6 * 256].
+        every = image.normalised(torch.arange(256, dtype=torch.uint8).expand(3, 1, 256))
+        self._values = every.flatten().to(device, dtype)
+        self._starts = (256 * torch.arange(len(every))).view(-1, 1, 1).to(device)
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] on the device -> [B, 6, S, S]."""
+        config = self._config
+        found = squares(frames, config.size, config.strategy, config.means[-1])
+        return self._values.take(found.permute(0, 3, 1, 2).repeat(1, 2, 1, 1) + self._starts)
 
 
 class Processor:
