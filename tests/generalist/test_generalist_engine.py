@@ -109,3 +109,15 @@ def test_frame_of_another_type_is_refused_by_name(engine: GeneralistEngine) -> N
 def test_unusable_argument_is_refused_by_name(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_generalist("toy", **arguments)
+
+
+def test_prompts_of_one_length_are_embedded_as_those_of_several(engine: GeneralistEngine) -> None:
+    model = engine.model
+    prompts = [torch.tensor(engine.processor.prompt(words)) for words in ("lift it", "push it", "turn it on")]
+    prompts[1] = prompts[1][: len(prompts[0])]
+    images = torch.randn(3, 5, model.config.language.width)
+    together, every = model.embed(images[:2], prompts[:2])
+    padded, mask = model.embed(images, prompts)
+    assert torch.equal(padded[:2][mask[:2]], together.flatten(0, 1))
+    assert every.all()
+    assert every.shape == together.shape[:2]

@@ -82,9 +82,8 @@ def test_the_plain_way() -> None:
 
 def test_frames_travel_as_bytes() -> None:
     with pretended.gpu() as gpu:
-        prepare = _captured(
-            DevicePixels(ImageProcessor(CONFIG.images), pretended.DEVICE, model.dtype), pretended.DEVICE
-        )
+        pixels = DevicePixels(ImageProcessor(CONFIG.images), pretended.DEVICE, torch.bfloat16)
+        prepare = _captured(pixels, pretended.DEVICE)
         for count in (1, 2, 1):
             found = prepare(torch.zeros((count, 200, 200, 3), dtype=torch.uint8, device=pretended.DEVICE))
             assert (found.shape, found.dtype) == ((count, 6, 224, 224), torch.bfloat16)

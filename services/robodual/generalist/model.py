@@ -64,6 +64,10 @@ class Generalist(nn.Module):
         padded on the left.
         """
         lookup = self.language_model.get_input_embeddings()
+        if len({len(prompt) for prompt in prompts}) == 1:
+            words = lookup(torch.stack(list(prompts)))
+            embeddings = torch.cat([words[:, :1], images, words[:, 1:]], dim=1)
+            return embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         rows = []
         for image, prompt in zip(images, prompts):
             words = lookup(prompt)

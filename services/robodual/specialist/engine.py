@@ -55,8 +55,8 @@ class SpecialistEngine:
         """
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.width or not len(hidden_states):
             raise ValueError(f"hidden_states must have shape (L, {self.width}), not {tuple(hidden_states.shape)}")
-        preparation = self.preparation
-        return Projected(*self._step.project(hidden_states.to(preparation.device, torch.float32)))
+        there = hidden_states.to(self.preparation.device)  # as they are, 16 bits wide
+        return Projected(*self._step.project(there.to(torch.float32)))
 
     @torch.inference_mode()
     def act(self, requests: Sequence[Request]) -> list[Answer]:
