@@ -12,6 +12,7 @@ import torch
 from robodual.device import choose
 from robodual.facts import EngineFacts
 from robodual.profiles import PROFILES
+from robodual.specialist.captured import LENGTHS
 from robodual.specialist.engine import Features, Frame, Projected, Request, SpecialistEngine
 from robodual.specialist.policy import Policy
 
@@ -32,7 +33,13 @@ FRAME = Frame(
 def run(engine: SpecialistEngine, *requests: Request) -> None:
     """What `act` does, but for bringing the values to the host."""
     assert engine._captured is not None
-    for found in (engine._captured(requests, engine._previous(requests)), engine._step(engine._gather(requests))):
+    inputs = engine._gather(requests)
+    captured = engine._captured(requests, engine._previous(requests))
+    *_, (_, (memory, _)) = engine._captured._shapes._graphs.values()
+    for given in (inputs, engine._captured._prepared(memory)):
+        assert {tensor.device for tensor in vars(given).values() if tensor is not None} == {pretended.DEVICE}
+        assert given.keys_values.shape[1] == LENGTHS * 2
+    for found in (captured, engine._step(inputs)):
         assert found is not None
         for tensor, shape in zip(found, ((8, 7), (CONFIG.latents, CONFIG.width)), strict=True):
             assert (tensor.shape, tensor.dtype) == ((len(requests), *shape), torch.float32)
