@@ -28,18 +28,19 @@ class _Block:
 class Encoder:
     """Computes what `VisionEncoder` or `PlainViT` computes, to rounding.
 
-    The layers are laid out once and do not follow later changes of the module.
+    The layers are laid out once and do not follow later changes of the module. `triton` allows Triton's products.
     """
 
-    def __init__(self, module: vision.VisionEncoder | depth.PlainViT) -> None:
+    def __init__(self, module: vision.VisionEncoder | depth.PlainViT, triton: bool = True) -> None:
         self._embed: Callable[[Tensor], Tensor] = module.embed
         if isinstance(module, vision.VisionEncoder):
-            self._blocks = [_of_vision(cast(vit.Block, block)) for block in module.blocks]
+            self._blocks = [_of_vision(cast(vit.Block, block), triton) for block in module.blocks]
             self._heads = cast(vit.Block, module.blocks[0]).attn.heads
             self._norm = module.norm
         else:
             layers = [cast(nn.ModuleList, layer) for layer in module.transformer.layers]
-            self._blocks = [_of_depth(*cast("tuple[depth.Attention, depth.FeedForward]", tuple(x))) for x in layers]
+            pairs = [cast("tuple[depth.Attention, depth.FeedForward]", tuple(layer)) for layer in layers]
+            self._blocks = [_of_depth(*pair, triton) for pair in pairs]
             self._heads = cast(depth.Attention, layers[0][0]).heads
             self._norm = module.transformer.norm
 
@@ -65,24 +66,24 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _of_vision(block: vit.Block) -> _Block:
+def _of_vision(block: vit.Block, triton: bool) -> _Block:
     return _Block(
         norm1=block.norm1,
-        qkv=Linear.of(block.attn.qkv),
-        out=Linear.of(block.attn.proj),
+        qkv=Linear.of(block.attn.qkv, triton=triton),
+        out=Linear.of(block.attn.proj, triton=triton),
         norm2=block.norm2,
-        fc1=Linear.of(block.mlp.fc1, gelu="none"),
-        fc2=Linear.of(block.mlp.fc2),
+        fc1=Linear.of(block.mlp.fc1, gelu="none", triton=triton),
+        fc2=Linear.of(block.mlp.fc2, triton=triton),
     )
 
 
-def _of_depth(attention: depth.Attention, feed_forward: depth.FeedForward) -> _Block:
+def _of_depth(attention: depth.Attention, feed_forward: depth.FeedForward, triton: bool) -> _Block:
     norm2, fc1, _, _, fc2 = feed_forward.net
     return _Block(
         norm1=attention.norm,
-        qkv=Linear.of(attention.to_qkv),
-        out=Linear.of(cast(nn.Linear, attention.to_out[0])),
+        qkv=Linear.of(attention.to_qkv, triton=triton),
+        out=Linear.of(cast(nn.Linear, attention.to_out[0]), triton=triton),
         norm2=cast(nn.LayerNorm, norm2),
-        fc1=Linear.of(cast(nn.Linear, fc1), gelu="none"),
-        fc2=Linear.of(cast(nn.Linear, fc2)),
+        fc1=Linear.of(cast(nn.Linear, fc1), gelu="none", triton=triton),
+        fc2=Linear.of(cast(nn.Linear, fc2), triton=triton),
     )

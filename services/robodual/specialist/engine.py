@@ -15,6 +15,7 @@ from robodual.device import choose
 from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, device_memory, hash_state_dict
 from robodual.images import Strategy
 from robodual.profiles import PROFILES
+from robodual.specialist import fusing
 from robodual.specialist.captured import LENGTHS, CapturedSteps, Sides
 from robodual.specialist.checkpoint import load
 from robodual.specialist.frames import Frame, Preparation
@@ -193,6 +194,9 @@ def load_specialist(
 def _facts(profile: str, policy: Policy, strategy: Strategy) -> EngineFacts:
     weight, config = policy.vision_encoder.pos_embed, policy.config
     execution = "CUDA graphs" if weight.is_cuda else "packed layers" if can_pack(weight) else "eager"
+    details = {"execution": execution}
+    if weight.is_cuda:
+        details["denoiser"] = "fused kernels" if fusing.fuses(config, weight.device) else "plain operations"
     return EngineFacts(
         profile=profile,
         checkpoint=hash_state_dict(policy),
@@ -204,7 +208,7 @@ def _facts(profile: str, policy: Policy, strategy: Strategy) -> EngineFacts:
             "diffusion_steps": str(config.diffusion_steps),
             "guidance_scale": f"{config.guidance_scale:g}",
             "image_resize_strategy": strategy,
-            "execution": execution,
+            **details,
             **device_memory(weight.device),
         },
     )

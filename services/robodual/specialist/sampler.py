@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from robodual.specialist import ddim
 from robodual.specialist.config import ACTION, CHUNK, SpecialistConfig
-from robodual.specialist.denoiser import Block, Denoiser
+from robodual.specialist.denoiser import Block, CrossAttentionBlock, Denoiser
 from robodual.specialist.packing import Linear
 
 PARTS = 6  # shift, scale and gate, twice a block
@@ -94,12 +94,8 @@ class Sampler:
             Actions, float32 [B, 8, 7].
         """
         batch, width, heads = len(noise), self.width, self.heads
-        guided = self.guidance_scale != 1
-        modulation = self._modulation(conditioning[:, None] + self.timesteps).transpose(0, 1)[:, :, None]
-        if guided:  # [T, B, G, parts, D]: the free pass is the first
-            modulation = torch.cat((self.free_modulation.expand(-1, batch, -1, -1, -1), modulation), dim=2)
-        passes = modulation.shape[2]
-        modulation = modulation.flatten(1, 2).unsqueeze(3)  # [T, B * G, parts, 1, D]
+        modulation = self.modulations(conditioning).unsqueeze(3)  # [T, B * G, parts, 1, D]
+        passes = modulation.shape[1] // batch
         split = keys_values.view(batch, -1, len(self.blocks), 2, heads, width // heads)
         context = split.permute(2, 3, 0, 4, 1, 5).contiguous()  # [blocks, 2, B, heads, S, D / heads]
         pairs = [pair.unbind(0) for pair in context.unbind(0)]  # keys and values [B, heads, S, D / heads] of each block
@@ -115,7 +111,7 @@ class Sampler:
             shift, scale = parts[-2:]
             h = torch.addcmul(shift, F.layer_norm(h, (width,), eps=1e-6), scale)
             eps = self.out(h)  # [B * G, 8, 7]
-            if guided:
+            if passes == 2:
                 free, guide = eps.view(batch, 2, CHUNK, ACTION).unbind(1)
                 eps = free + self.guidance_scale * (guide - free)
             x = step.apply(x, eps)
@@ -152,6 +148,14 @@ class Sampler:
         h = torch.addcmul(shift2, F.layer_norm(x, (width,), eps=1e-6), scale2)
         return torch.addcmul(x, gate2, block.fc2(block.fc1(h)))
 
+    def modulations(self, conditioning: Tensor) -> Tensor:
+        """Conditioning vectors [B, D] to all steps' modulation [T, B * G, parts, D], the free pass before the other."""
+        modulation = self._modulation(conditioning[:, None] + self.timesteps).transpose(0, 1)[:, :, None]
+        if self.guidance_scale != 1:  # [T, B, G, parts, D]
+            free = self.free_modulation.expand(-1, len(conditioning), -1, -1, -1)
+            modulation = torch.cat((free, modulation), dim=2)
+        return modulation.flatten(1, 2)
+
     def _modulation(self, conditioning: Tensor) -> Tensor:
         """[..., D] to [..., parts, D], with 1 added to the scales."""
         flat = F.silu(conditioning).reshape(-1, self.width)
@@ -172,23 +176,28 @@ def _fold(block: Block) -> BlockTables:
     sign = torch.tensor([-1.0, 1.0], device=weight.device, dtype=weight.dtype).repeat(rotated // 2)
     turned_weight = weight[: 2 * width].view(2, heads, -1, width)[:, :, partner] * sign[:, None]
     turned_bias = bias[: 2 * width].view(2, heads, -1)[:, :, partner] * sign
-
-    # v + gamma * (Wo m + bo) = (v + gamma * bo) + (gamma * Wo) m, with the constant moved into the norm's bias, whence
-    # the query must lose it again.
-    out, query = cross.attn.out_v_proj, cross.attn.v_proj
-    constant = cross.gamma_v * out.bias
+    norm_bias, query_bias, cross_out = fold_cross(cross)
     return BlockTables(
         qkv=Linear(torch.cat((weight, turned_weight.flatten(0, 2))), torch.cat((bias, turned_bias.flatten()))),
         cos=angles.cos(),
         sin=angles.sin(),
         self_out=Linear.of(self_attention.proj),
         norm_weight=cross.layer_norm_v.weight,
-        norm_bias=cross.layer_norm_v.bias + constant,
-        query=Linear(query.weight, query.bias - query.weight @ constant),
-        cross_out=Linear(cross.gamma_v[:, None] * out.weight),
+        norm_bias=norm_bias,
+        query=Linear(cross.attn.v_proj.weight, query_bias),
+        cross_out=Linear(cross_out),
         fc1=Linear.of(block.mlp.fc1, gelu="tanh"),
         fc2=Linear.of(block.mlp.fc2),
     )
+
+
+def fold_cross(cross: CrossAttentionBlock) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm's bias [D], the queries' bias [D] and the output's weight [D, D], with gamma and the output's bias."""
+    # v + gamma * (Wo m + bo) = (v + gamma * bo) + (gamma * Wo) m, with the constant moved into the norm's bias, whence
+    # the query must lose it again.
+    out, query = cross.attn.out_v_proj, cross.attn.v_proj
+    constant = cross.gamma_v * out.bias
+    return cross.layer_norm_v.bias + constant, query.bias - query.weight @ constant, cross.gamma_v[:, None] * out.weight
 
 
 def _fold_context(blocks: list[Block]) -> Linear:

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from robodual.specialist import fusing
+from robodual.specialist.config import SpecialistConfig
+from robodual.specialist.denoiser import Denoiser
 from robodual.specialist.encoder import Encoder
 from robodual.specialist.latents import ColourLatents, MapLatents
 from robodual.specialist.policy import Policy, needed
@@ -41,21 +44,24 @@ class Inputs:
 
 
 class Step:
-    """Runs steps with a policy's weights, which are laid out once: later changes of the policy are not followed."""
+    """Runs steps with a policy's weights, which are laid out once: later changes of the policy are not followed.
 
-    def __init__(self, policy: Policy) -> None:
+    `fuse` and `products` allow Triton's kernels, where they can run: of the denoiser, and of the encoders' products.
+    """
+
+    def __init__(self, policy: Policy, *, fuse: bool = True, products: bool = True) -> None:
         model = policy.model
-        self._see = Encoder(policy.vision_encoder)
+        self._see = Encoder(policy.vision_encoder, products)
         self._colour = ColourLatents(model.visual_adapter)
         self._gripper_colour = _made(ColourLatents, model.gripper_visual_adapter)
-        self._feel = _made(Encoder, policy.depth_encoder)
+        self._feel = None if policy.depth_encoder is None else Encoder(policy.depth_encoder, products)
         self._depth = _made(MapLatents, model.depth_adapter)
         self._gripper_depth = _made(MapLatents, model.gripper_depth_adapter)
-        self._touch = _made(Encoder, policy.tactile_encoder)
+        self._touch = None if policy.tactile_encoder is None else Encoder(policy.tactile_encoder, products)
         self._tactile = _made(MapLatents, model.tactile_adapter)
         self._proprio = model.proprio_embedder
         self._context = model.context_adapter
-        self._sampler = Sampler(model, policy.config)
+        self._sampler = _sampler(model, policy.config, fuse)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The generalist's hidden states [L, context width] to keys and values [L, blocks * 2 * D] and mean [D]."""
@@ -90,6 +96,14 @@ class Step:
             mask,
         )
         return chunks, following
+
+
+def _sampler(model: Denoiser, config: SpecialistConfig, fuse: bool) -> Sampler:
+    if not fuse or not fusing.fuses(config, model.x_embedder.weight.device):
+        return Sampler(model, config)
+    from robodual.specialist.fused import FusedSampler  # it imports Triton
+
+    return FusedSampler(model, config)
 
 
 def _made(kind: Callable[[M], T], module: M | None) -> T | None:

@@ -1,0 +1,45 @@
+"""Whether the specialist's Triton kernels can run, without importing Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import structlog
+import torch
+
+from robodual.specialist.config import SpecialistConfig
+
+logger = structlog.get_logger(__name__)
+
+CAPABILITY = (8, 0)  # from an A100 on: tensor cores that take TF32
+
+
+@functools.cache
+def can_launch(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device; if it is a GPU and they do not, the log says once why."""
+    if device.type != "cuda":
+        return False
+    reason = _obstacle(device)
+    if reason:
+        logger.info("the specialist runs without its Triton kernels", device=str(device), reason=reason)
+    return not reason
+
+
+def _obstacle(device: torch.device) -> str:
+    if torch.version.cuda is None:
+        return "this PyTorch is not built with CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    found = torch.cuda.get_device_capability(device)
+    return "" if found >= CAPABILITY else f"compute capability {found} is below {CAPABILITY}: no TF32"
+
+
+def can_fuse(config: SpecialistConfig) -> bool:
+    """Whether the denoiser's kernels can take these shapes: up to these, what they keep fits any such GPU."""
+    return config.width <= 512 and config.width // config.heads <= 32
+
+
+def fuses(config: SpecialistConfig, device: torch.device) -> bool:
+    """Whether the denoiser runs as Triton kernels there."""
+    return can_fuse(config) and can_launch(device)
