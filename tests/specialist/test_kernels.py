@@ -57,6 +57,8 @@ def test_the_fused_denoiser(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fusing.can_fuse(config)
     if name == "toy":
         monkeypatch.setattr(fused, "WIDE", 16)
+    if name == "playtable":
+        monkeypatch.setattr(fused, "GROUPS", 4)
     model = lively(config).model
     plain, kernels = Sampler(model, config), fused.FusedSampler(model, config)
     generator = torch.Generator().manual_seed(2)

@@ -19,6 +19,7 @@ from robodual.specialist.sampler import PARTS, Sampler, fold_cross
 
 WIDE = 16  # columns of a program's product
 DEPTH = 64  # channels that a product takes at a time
+GROUPS = 1  # of them side by side, where a product does nothing else: 1 or 4
 KEYS = 128  # of the context, at a time
 LAUNCH = {"num_warps": 4, "num_stages": 3}
 
@@ -110,7 +111,7 @@ class FusedSampler(Sampler):
         keys = min(KEYS, max(16, _power(length)))
         attention = {"STRIDE": keys_values.stride(1), "KEYS": keys, "END": -(-length // keys) * keys}
         columns = -(-self.width // WIDE)
-        product = {key: shape[key] for key in shape if key != "D_PAD"} | table | {"WIDE": WIDE}
+        product = {key: shape[key] for key in shape if key != "D_PAD"} | table | {"WIDE": WIDE, "GROUPS": GROUPS}
         heads, second = (batch, self.heads), parts[:, 3:]
 
         kernels.self_attention[heads](x, parts, *block.qkv, block.cos, block.sin, mixed, **shape, **self._head, **table)
@@ -119,7 +120,9 @@ class FusedSampler(Sampler):
             u, *block.norm, *block.query, keys_values, u if mask is None else mask, mixed, length,
             MASKED=mask is not None, **shape, **self._head, **attention,
         )  # fmt: skip
-        kernels.normed_product[batch, columns](mixed, block.cross_out, u, *block.norm, v, WIDE=WIDE, **shape)
+        kernels.normed_product[batch, columns](
+            mixed, block.cross_out, u, *block.norm, v, WIDE=WIDE, GROUPS=GROUPS, **shape
+        )
         wider = hidden.shape[1]
         kernels.expand[batch, -(-wider // WIDE)](v, second, *block.fc1, hidden, N=wider, WIDE=WIDE, **shape, **table)
         kernels.gated_product[batch, columns](hidden, *block.fc2, parts[:, 5:], v, out, K=wider, **product)

@@ -193,14 +193,28 @@ def cross_attention(
 
 @triton.jit
 def _product(x_ptr, weight_ptr, rows, real, n, N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
-             DEPTH: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Rows of x [B * G * 8, K] times rows n of a weight [N, K]: [16, WIDE]."""
-    out = tl.zeros((TILE, WIDE), tl.float32)
-    for start in range(0, K, DEPTH):
-        k = start + tl.arange(0, DEPTH)
-        x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=real[:, None] & (k < K)[None, :], other=0.0)
-        out = tl.dot(x, _weight(weight_ptr, n, k, N, K), out, input_precision=PRECISION)
-    return out
+             DEPTH: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Rows of x [B * G * 8, K] times rows n of a weight [N, K]: [16, WIDE].
+
+    GROUPS of channels are multiplied side by side, at best one by each warp, and then summed.
+    """
+    if GROUPS == 1:
+        out = tl.zeros((TILE, WIDE), tl.float32)
+        for start in range(0, K, DEPTH):
+            k = start + tl.arange(0, DEPTH)
+            x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=real[:, None] & (k < K)[None, :], other=0.0)
+            out = tl.dot(x, _weight(weight_ptr, n, k, N, K), out, input_precision=PRECISION)
+        return out
+    else:
+        parts = tl.zeros((GROUPS, TILE, WIDE), tl.float32)
+        for start in range(0, K, GROUPS * DEPTH):
+            k = start + tl.arange(0, GROUPS)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
+            inside = real[None, :, None] & (k < K)[:, None, :]
+            x = tl.load(x_ptr + rows[None, :, None] * K + k[:, None, :], mask=inside, other=0.0)
+            inside = (n < N)[None, None, :] & (k < K)[:, :, None]
+            weight = tl.load(weight_ptr + n[None, None, :] * K + k[:, :, None], mask=inside, other=0.0)
+            parts = tl.dot(x, weight, parts, input_precision=PRECISION)
+        return tl.sum(parts, axis=0)
 
 
 @triton.jit
@@ -217,13 +231,14 @@ def gated_product(
     P: tl.constexpr,
     WIDE: tl.constexpr,
     DEPTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """residual + gate * (x weight + bias): WIDE columns of one request, [B, D / WIDE]."""
     rows, passes, real = _rows(ROWS)
     n = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     inside = real[:, None] & (n < D)[None, :]
-    out = _product(x_ptr, weight_ptr, rows, real, n, D, K, WIDE, DEPTH, PRECISION)
+    out = _product(x_ptr, weight_ptr, rows, real, n, D, K, WIDE, DEPTH, GROUPS, PRECISION)
     out += tl.load(bias_ptr + n, mask=n < D, other=0.0)[None, :]
     gate = tl.load(gate_ptr + passes[:, None] * (P * D) + n[None, :], mask=inside, other=0.0)
     at = rows[:, None] * D + n[None, :]
@@ -243,6 +258,7 @@ def normed_product(
     D_PAD: tl.constexpr,
     WIDE: tl.constexpr,
     DEPTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """norm(residual) + x weight: WIDE columns of one request, [B, D / WIDE]."""
@@ -250,7 +266,7 @@ def normed_product(
     mean, inverse = _moments(residual_ptr, rows, real, 1e-5, D, D_PAD)
     n = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     inside = real[:, None] & (n < D)[None, :]
-    out = _product(x_ptr, weight_ptr, rows, real, n, D, D, WIDE, DEPTH, PRECISION)
+    out = _product(x_ptr, weight_ptr, rows, real, n, D, D, WIDE, DEPTH, GROUPS, PRECISION)
     scale = tl.load(norm_weight_ptr + n, mask=n < D, other=0.0)[None, :]
     shift = tl.load(norm_bias_ptr + n, mask=n < D, other=0.0)[None, :]
     at = rows[:, None] * D + n[None, :]
