@@ -34,6 +34,7 @@ def able(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     found = importlib.util.find_spec
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fusing, "_try", lambda device: "")
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: ModuleSpec(n, None) if n == "triton" else found(n))
     return monkeypatch
 
@@ -49,12 +50,14 @@ def test_a_gpu_that_can(able: pytest.MonkeyPatch) -> None:
     assert not logs
 
 
-@pytest.mark.parametrize("lack", ["CUDA", "triton", "TF32"])
+@pytest.mark.parametrize("lack", ["CUDA", "triton", "TF32", "C compiler"])
 def test_what_a_gpu_lacks_is_logged_once(lack: str, able: pytest.MonkeyPatch) -> None:
     if lack == "CUDA":
         able.setattr(torch.version, "cuda", None)
     elif lack == "triton":
         able.setattr(importlib.util, "find_spec", lambda name: None)
+    elif lack == "C compiler":
+        able.setattr(fusing, "_try", lambda device: "Failed to find C compiler")
     else:
         able.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with capture_logs() as logs:
@@ -62,6 +65,22 @@ def test_what_a_gpu_lacks_is_logged_once(lack: str, able: pytest.MonkeyPatch) ->
         assert not fusing.fuses(PROFILES["toy"].specialist, GPU)
     assert [(log["log_level"], log["device"]) for log in logs] == [("info", "cuda:0")]
     assert lack in logs[0]["reason"]
+
+
+def test_the_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from robodual.specialist import products
+
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert fusing._try(place) == ""
+    monkeypatch.setattr(products, "linear", lambda x, weight: x + weight)
+    assert "gave 512.0, not 4096" in fusing._try(place)
+
+    def fail(x: torch.Tensor, weight: torch.Tensor) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(products, "linear", fail)
+    assert "RuntimeError: Failed to find C compiler" in fusing._try(place)
 
 
 def test_a_cpu_has_none() -> None:

@@ -87,7 +87,7 @@ class FusedSampler(Sampler):
                 coefficients = step.inverse_signal, step.noise_ratio, step.next_signal, step.next_noise
                 kernels.finish[(batch,)](
                     h, parts[:, -2:], *self._final, sample, following, self._actions, base, embedded,
-                    *guidance, *coefficients, P=parts.shape[1], **shape,
+                    *guidance, *coefficients, P=table.shape[2], **shape,
                 )  # fmt: skip
                 sample = following
         return sample
@@ -107,9 +107,9 @@ class FusedSampler(Sampler):
         """
         x, u, v, mixed, hidden, out = buffers
         batch, length = keys_values.shape[:2]
-        table = {"P": parts.stride(0) // self.width}
+        table = {"P": PARTS * len(self._tables) + 2}
         keys = min(KEYS, max(16, _power(length)))
-        attention = {"STRIDE": keys_values.stride(1), "KEYS": keys, "END": -(-length // keys) * keys}
+        attention = {"STRIDE": 2 * self.width * len(self._tables), "KEYS": keys, "END": -(-length // keys) * keys}
         columns = -(-self.width // WIDE)
         product = {key: shape[key] for key in shape if key != "D_PAD"} | table | {"WIDE": WIDE, "GROUPS": GROUPS}
         heads, second = (batch, self.heads), parts[:, 3:]

@@ -32,7 +32,21 @@ def _obstacle(device: torch.device) -> str:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     found = torch.cuda.get_device_capability(device)
-    return "" if found >= CAPABILITY else f"compute capability {found} is below {CAPABILITY}: no TF32"
+    if found < CAPABILITY:
+        return f"compute capability {found} is below {CAPABILITY}: no TF32"
+    return _try(device)
+
+
+def _try(device: torch.device) -> str:
+    """What Triton says of a first launch, if it fails: it takes a C compiler, Python's headers and the driver."""
+    from robodual.specialist.products import linear
+
+    try:
+        ones = torch.ones(16, 16, device=device)
+        found = float(linear(ones, ones).sum())
+    except Exception as error:  # Triton's own, its compiler's, the system's
+        return f"Triton's first kernel failed: {type(error).__name__}: {error}"
+    return "" if found == 16**3 else f"Triton's first kernel gave {found}, not {16**3}"
 
 
 def can_fuse(config: SpecialistConfig) -> bool:
