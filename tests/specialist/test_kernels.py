@@ -23,13 +23,13 @@ pytest.importorskip("triton")
 from robodual.specialist import fused, products
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CLOSE = 1e-5  # of actions in [-1, 1]
+CLOSE = 1e-5 if DEVICE.type == "cpu" else 1e-4  # of actions in [-1, 1]; three products in TF32 round otherwise
 FEW = {"blocks": 2, "diffusion_steps": 2, "vision_blocks": 1, "depth_blocks": 1, "context_width": 64}
 CONFIGS = {
     "toy": replace(PROFILES["toy"].specialist, **FEW),
     "toy, unguided": replace(PROFILES["toy"].specialist, guidance_scale=1.0, **FEW),
     "playtable": replace(PROFILES["playtable"].specialist, **FEW | {"diffusion_steps": 1}),
-    "robodual-7b": replace(PROFILES["robodual-7b"].specialist, **FEW | {"diffusion_steps": 1}),
+    "robodual-7b": replace(PROFILES["robodual-7b"].specialist, **FEW | {"diffusion_steps": 1, "blocks": 1}),
 }
 
 
@@ -77,7 +77,7 @@ def test_the_fused_denoiser(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_with_it() -> None:
     """What an engine answers to a batch whose contexts are padded, against the published path."""
-    engine = load_specialist("toy", device=str(DEVICE), seed=1, diffusion_steps=2)
+    engine = load_specialist("toy", device=str(DEVICE), seed=1, diffusion_steps=1)
     with torch.inference_mode():
         engine._step._sampler = fused.FusedSampler(engine.policy.model, engine.policy.config)
     states = [torch.randn(length, engine.width, generator=torch.Generator().manual_seed(length)) for length in (5, 9)]
