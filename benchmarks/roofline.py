@@ -36,6 +36,7 @@ from robodual.specialist.latents import ColourLatents, MapLatents
 from robodual.specialist.packing import Linear
 from robodual.specialist.policy import needed
 from robodual.specialist.sampler import Sampler
+from robodual.specialist.step import Step, choose_sampler
 
 PACKAGES = ("torch", "transformers", "robodual")
 PRODUCTS = ((512, 1024, 1024), (512, 1024, 4096), (512, 4096, 1024), (2048, 2048, 2048))  # rows, in, out
@@ -101,7 +102,7 @@ def specialist_stages(
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
     """One step's parts, of all sensors but the tactile one, and the whole step last.
 
-    Also what is counted in the place of a stage: a graph that is replayed shows no operations.
+    Also what is counted in the place of a stage: a graph that is replayed shows no operations, nor do Triton's kernels.
     """
     _, request = specialist.steps(engine, context_length)
     policy, preparation, model = engine.policy, engine.preparation, engine.policy.model
@@ -112,8 +113,9 @@ def specialist_stages(
         return colour, torch.cat([preparation.static_depth(frames), preparation.gripper_depth(frames)])
 
     pixels, maps = prepare()
-    see, feel = Encoder(policy.vision_encoder), Encoder(needed(policy.depth_encoder, "depth encoder"))
-    sampler = Sampler(model, policy.config)
+    encoders = policy.vision_encoder, needed(policy.depth_encoder, "depth encoder")
+    see, feel = map(Encoder, encoders)
+    sampler = choose_sampler(model, policy.config)
     adapters = [ColourLatents(needed(m, "adapter")) for m in (model.visual_adapter, model.gripper_visual_adapter)]
     map_adapters = [MapLatents(needed(m, "adapter")) for m in (model.depth_adapter, model.gripper_depth_adapter)]
     seen, felt = see(pixels), feel(maps)
@@ -137,7 +139,16 @@ def specialist_stages(
         "denoising": partial(sampler, start, reference, conditioning, context),
         "a step": partial(engine.act, [request]),
     }
-    return stages, {"a step": lambda: engine._step(engine._gather([request]))}
+    if not engine.captures:
+        return stages, {}
+    plain_see, plain_feel = (Encoder(encoder, triton=False) for encoder in encoders)
+    plain_step = Step(policy, fuse=False, products=False)
+    return stages, {
+        "vision encoder": partial(plain_see, pixels),
+        "depth encoder": partial(plain_feel, maps),
+        "denoising": partial(Sampler(model, policy.config), start, reference, conditioning, context),
+        "a step": lambda: plain_step(engine._gather([request])),
+    }
 
 
 def generalist_stages(engine: GeneralistEngine) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:

@@ -61,7 +61,7 @@ class Step:
         self._tactile = _made(MapLatents, model.tactile_adapter)
         self._proprio = model.proprio_embedder
         self._context = model.context_adapter
-        self._sampler = _sampler(model, policy.config, fuse)
+        self._sampler = choose_sampler(model, policy.config, fuse)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The generalist's hidden states [L, context width] to keys and values [L, blocks * 2 * D] and mean [D]."""
@@ -98,7 +98,8 @@ class Step:
         return chunks, following
 
 
-def _sampler(model: Denoiser, config: SpecialistConfig, fuse: bool) -> Sampler:
+def choose_sampler(model: Denoiser, config: SpecialistConfig, fuse: bool = True) -> Sampler:
+    """Triton's kernels where they are allowed and can run, or else plain operations."""
     if not fuse or not fusing.fuses(config, model.x_embedder.weight.device):
         return Sampler(model, config)
     from robodual.specialist.fused import FusedSampler  # it imports Triton
