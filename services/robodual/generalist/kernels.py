@@ -165,17 +165,17 @@ def attention(
     for start in tl.range(0, SLOTS, PART, num_stages=STAGES):
         old = start + tl.arange(0, PART)
         seen = (old < first) & (old >= in_front)
-        source = keys + cache + old[:, None] * WIDTH + low[None, :]
-        k1 = tl.load(source, mask=seen[:, None], other=0.0)
-        k2 = tl.load(source + half, mask=seen[:, None], other=0.0)
-        v = tl.load(values + cache + old[:, None] * WIDTH + channel[None, :], mask=seen[:, None], other=0.0)
-        scores = tl.dot(turned1, k1.T, input_precision="ieee")
-        scores = tl.dot(turned2, k2.T, scores, input_precision="ieee") * scale
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, axis=1))
-        shares, fading = tl.exp(scores - higher[:, None]), tl.exp(most - higher)
-        sums = sums * fading + tl.sum(shares, axis=1)
-        mixed = tl.dot(shares.to(kind), v, mixed * fading[:, None], input_precision="ieee")
+        near = keys + cache + old[:, None] * WIDTH + low[None, :]
+        old1 = tl.load(near, mask=seen[:, None], other=0.0)
+        old2 = tl.load(near + half, mask=seen[:, None], other=0.0)
+        old_v = tl.load(values + cache + old[:, None] * WIDTH + channel[None, :], mask=seen[:, None], other=0.0)
+        old_scores = tl.dot(turned1, old1.T, input_precision="ieee")
+        old_scores = tl.dot(turned2, old2.T, old_scores, input_precision="ieee") * scale
+        old_scores = tl.where(seen[None, :], old_scores, float("-inf"))
+        higher = tl.maximum(most, tl.max(old_scores, axis=1))
+        old_shares, fading = tl.exp(old_scores - higher[:, None]), tl.exp(most - higher)
+        sums = sums * fading + tl.sum(old_shares, axis=1)
+        mixed = tl.dot(old_shares.to(kind), old_v, mixed * fading[:, None], input_precision="ieee")
         most = higher
     mixed = mixed / sums[:, None]
     target = out + row[:, None] * (HEADS * WIDTH) + head[:, None] * WIDTH + channel[None, :]
