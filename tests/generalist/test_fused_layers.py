@@ -66,6 +66,29 @@ def test_fused_layers_compute_what_the_operations_do(language: LanguageConfig, b
     assert max(differences(one, one, batch, count)) < 1e-5
 
 
+@pytest.mark.parametrize("language", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_prompts_are_read_as_the_operations_do(language: LanguageConfig, padded: bool) -> None:
+    one, count = model(language), 70
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, count, language.width, generator=generator).to(DEVICE)
+    mask = torch.ones(2, count, dtype=torch.bool, device=DEVICE)
+    mask[1, :9] = not padded
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    shape = language.layers, 2, language.key_value_heads, SLOTS, language.width // language.heads
+    keys, values, more_keys, more_values = torch.zeros(4, *shape, device=DEVICE)
+    seen = mask if padded else None
+    plain = layers.read(one, x, positions, seen, keys, values)
+    cos, sin = one.language_model.model.rotary_emb(x, positions)
+    half = cos.shape[-1] // 2
+    angles = cos[..., :half], sin[..., :half]
+    found = FusedLayers(one).read(x, angles, seen, more_keys, more_values)
+    found = layers.normed(one.language_model.model.norm, found)
+    torch.testing.assert_close(found[mask], plain[mask], rtol=0, atol=1e-4)
+    for mine, other in ((more_keys, keys), (more_values, values)):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("language", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize(("batch", "count"), [(1, 8), (3, 8), (1, 64)])

@@ -9,9 +9,11 @@ from typing import Any, cast
 
 import structlog
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from robodual.generalist.layers import visible
 from robodual.generalist.model import Generalist
 from robodual.generalist.quantisation import Float8Linear
 from robodual.generalist.tokens import ROW
@@ -20,6 +22,7 @@ logger = structlog.get_logger(__name__)
 
 MOST_ROWS = 64  # beyond, products are no longer bound by the weights' reading, and cuBLAS is as good
 PART = 64  # slots that attention reads at once
+GATES = 1024  # that a program computes
 WHOLE = 128  # what every size must be a multiple of
 LINE = 128  # bytes of a line of the cache
 AHEAD = 8  # lines of each row of a weight that are brought near before the kernel before has ended
@@ -64,6 +67,8 @@ class FusedLayers:
         cache = weight.new_zeros(1, 1, self._groups, PART, self._width)
         slots = torch.arange(ROW, device=weight.device).unsqueeze(0)
         self(x, angles, angles, slots, slots[:, :1], cache, cache.clone())
+        if self.reads:
+            self.read(x, (angles, angles), None, cache, cache.clone())
         if weight.is_cuda:
             torch.cuda.synchronize(weight.device)
 
@@ -91,6 +96,59 @@ class FusedLayers:
             self._linear(mixed, layer.out, x, residual=x)
             self._linear(x, layer.gate_up, hidden, norm=layer.norm2, gated=True)
             self._linear(hidden, layer.down, x, residual=x)
+        return x.view(batch, count, width)
+
+    @property
+    def reads(self) -> bool:
+        """Whether they read prompts too: cuBLAS, whose products those are, takes no float8 weight with bfloat16."""
+        return self._layers[0].qkv.scale is None
+
+    def read(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Prompts x [B, T, D] through all layers, before the final norm; their keys and values go to the first T slots.
+
+        angles: the rotation's cosines and sines [B, T, W / 2]; mask: bool [B, T], False where a row is padded in front,
+        or None where none is; keys, values: [layers, B, K, M, W].
+        """
+        from robodual.generalist import kernels
+
+        batch, count, width = x.shape
+        rows, (columns, slots) = batch * count, (self._depths[1], keys.shape[3])
+        cos, sin = (tensor.contiguous() for tensor in angles)
+        seen = None if mask is None else visible(mask)
+        queries = x.new_empty(batch, self._heads, count, self._width)
+        hidden = x.new_empty(rows, columns)
+        programs = batch, self._heads + 2 * self._groups, -(-count // PART)
+        x = x.reshape(rows, width)
+        for layer, own_keys, own_values in zip(self._layers, keys, values):
+            qkv = F.linear(F.rms_norm(x, (width,), layer.norm1, self._epsilon), layer.qkv.weight)
+            kernels.rotate[programs](
+                qkv,
+                cos,
+                sin,
+                queries,
+                own_keys,
+                own_values,
+                count,
+                HEADS=self._heads,
+                GROUPS=self._groups,
+                WIDTH=self._width,
+                SLOTS=slots,
+                PART=PART,
+            )
+            mixed = F.scaled_dot_product_attention(
+                queries,
+                own_keys[:, :, :count],
+                own_values[:, :, :count],
+                attn_mask=seen,
+                is_causal=seen is None,
+                enable_gqa=self._heads > self._groups,
+            )
+            x = torch.addmm(x, mixed.transpose(1, 2).reshape(rows, -1), layer.out.weight.T)
+            both = F.linear(F.rms_norm(x, (width,), layer.norm2, self._epsilon), layer.gate_up.weight)
+            kernels.gate[rows, -(-columns // GATES)](both, hidden, COLUMNS=columns, PART=GATES)
+            x = torch.addmm(x, hidden, layer.down.weight.T)
         return x.view(batch, count, width)
 
     def _linear(

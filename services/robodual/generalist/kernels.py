@@ -91,6 +91,72 @@ def linear(
 
 
 @triton.jit
+def rotate(
+    qkv,  # [B * T, (H + 2 K) * W]
+    cos,  # [B * T, W / 2]
+    sin,  # [B * T, W / 2]
+    queries,  # [B, H, T, W]
+    keys,  # [B, K, M, W]
+    values,  # [B, K, M, W]
+    count,  # T
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Of one sequence, one head and PART tokens of a prompt a program: rotates what is to be, and puts it in its place.
+
+    Keys and values go to the first T slots.
+    """
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    half: tl.constexpr = WIDTH // 2
+    token = tl.program_id(2) * PART + tl.arange(0, PART)
+    channel = tl.arange(0, half)
+    inside = (token < count)[:, None]
+    row = sequence * count + token
+    source = qkv + row[:, None] * ((HEADS + 2 * GROUPS) * WIDTH) + head * WIDTH + channel[None, :]
+    x1 = tl.load(source, mask=inside, other=0.0)
+    x2 = tl.load(source + half, mask=inside, other=0.0)
+    kind = x1.dtype
+    angles = row[:, None] * half + channel[None, :]
+    if head < HEADS + GROUPS:
+        c = tl.load(cos + angles, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + angles, mask=inside, other=0.0).to(tl.float32)
+        turned = (x1.to(tl.float32) * c - x2.to(tl.float32) * s).to(kind)
+        x2 = (x2.to(tl.float32) * c + x1.to(tl.float32) * s).to(kind)
+        x1 = turned
+    places = token[:, None] * WIDTH + channel[None, :]
+    if head < HEADS:
+        target = queries + (sequence * HEADS + head).to(tl.int64) * count * WIDTH + places
+        tl.store(target, x1, mask=inside)
+        tl.store(target + half, x2, mask=inside)
+    elif head < HEADS + GROUPS:
+        target = keys + (sequence * GROUPS + head - HEADS).to(tl.int64) * SLOTS * WIDTH + places
+        tl.store(target, x1, mask=inside)
+        tl.store(target + half, x2, mask=inside)
+    else:
+        target = values + (sequence * GROUPS + head - HEADS - GROUPS).to(tl.int64) * SLOTS * WIDTH + places
+        tl.store(target, x1, mask=inside)
+        tl.store(target + half, x2, mask=inside)
+
+
+@triton.jit
+def gate(
+    both,  # [R, 2 * COLUMNS], the gates first
+    out,  # [R, COLUMNS]
+    COLUMNS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """The SiLU of the gates times the rest: PART columns of one row a program."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * PART + tl.arange(0, PART)
+    inside = column < COLUMNS
+    x = tl.load(both + row * (2 * COLUMNS) + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(both + row * (2 * COLUMNS) + COLUMNS + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * COLUMNS + column, (x / (1.0 + tl.exp(-x)) * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def attention(
     qkv,  # [R, (H + 2 K) * W]
     keys,  # [B, K, M, W], to which it writes the new ones; their slots and those beyond are not read

@@ -30,11 +30,7 @@ def read(model: Generalist, x: Tensor, positions: Tensor, mask: Tensor | None, k
     attention takes its fastest kernel; keys, values: [layers, B, K, M, W].
     """
     rotation = _rotation(model.language_model.model.rotary_emb(x, positions))
-    seen = None
-    if mask is not None:
-        every = torch.arange(x.shape[1], device=x.device)
-        # Padding sees itself, so that nothing is divided by zero.
-        seen = (every <= every[:, None]) & (mask[:, None, None] | (every == every[:, None]))  # [B, 1, T, T]
+    seen = None if mask is None else visible(mask)
     for layer, own_keys, own_values in zip(_layers(model), keys, values):
         queries, new_keys, new_values = _projected(layer, normed(layer.input_layernorm, x), rotation, keys.shape[2])
         own_keys[:, :, : x.shape[1]] = new_keys
@@ -45,6 +41,13 @@ def read(model: Generalist, x: Tensor, positions: Tensor, mask: Tensor | None, k
         )
         x = _after(layer, x, mixed)
     return normed(model.language_model.model.norm, x)
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Which tokens of prompts each sees, bool [B, 1, T, T], of a mask [B, T] that is False where a row is padded."""
+    every = torch.arange(mask.shape[1], device=mask.device)
+    # Padding sees itself, so that nothing is divided by zero.
+    return (every <= every[:, None]) & (mask[:, None, None] | (every == every[:, None]))
 
 
 def step(
@@ -82,8 +85,8 @@ def step(
 
 
 def normed(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
-    """Llama's norm, which rounds before it scales."""
-    return F.rms_norm(x, (x.shape[-1],), eps=norm.variance_epsilon) * norm.weight
+    """Llama's norm, as one operation: it rounds after it scales, where Transformers' rounds before too."""
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
 def _layers(model: Generalist) -> Sequence[LlamaDecoderLayer]:

@@ -118,9 +118,9 @@ class Stepper:
         if self._record is not None and mask is None:
             state.prompts[:, :length] = embeddings
             own, places = state.prompts[:, :length], state.every[:length].expand(batch, length)
-            found = self._prompts.find((batch, length), lambda: _read(self._model, state, own, places, None))
+            found = self._prompts.find((batch, length), lambda: self._read(state, own, places, None))
         if found is None:
-            _read(self._model, state, embeddings, positions, mask)
+            self._read(state, embeddings, positions, mask)
         else:
             found[0].replay()
         return state.read[:, :length].clone()
@@ -169,11 +169,30 @@ class Stepper:
 
     def sure(self) -> int:
         """How many tokens are sure by now, of each sequence. Waits for the device."""
-        return int(self._state.place.min()) + 1
+        return int(min(self._state.place[:, 0].tolist())) + 1
 
     def results(self) -> tuple[Tensor, Tensor]:
         """Tokens int64 [B, 64], and the hidden states [B, 63, D] of all but the last; the caller's own."""
         return self._state.tokens[:, :GENERATED].clone(), self._state.hidden[:, :LAST].clone()
+
+    def _read(self, state: _State, embeddings: Tensor, positions: Tensor, mask: Tensor | None) -> None:
+        """The pass over prompts [B, T, D], whose keys and values then stand in front."""
+        model, fused, length = self._model, self._fused, embeddings.shape[1]
+        llama, keys, values = model.language_model.model, state.keys, state.values
+        if _by_transformers(model):
+            cache = DynamicCache(config=model.language_model.config)
+            read = model.read(embeddings, positions, mask, cache)
+            for own_keys, own_values, layer in zip(keys, values, cast(list[DynamicLayer], cache.layers), strict=True):
+                own_keys[:, :, :length] = cast(Tensor, layer.keys)
+                own_values[:, :, :length] = cast(Tensor, layer.values)
+        elif fused is not None and fused.reads:
+            cos, sin = llama.rotary_emb(embeddings, positions)
+            half = cos.shape[-1] // 2
+            read = fused.read(embeddings, (cos[..., :half], sin[..., :half]), mask, keys, values)
+            read = layers.normed(llama.norm, read)
+        else:
+            read = layers.read(model, embeddings, positions, mask, keys, values)
+        state.read[:, :length] = read
 
     def _find(self, batch: int, slots: int) -> _State | None:
         """The state for that shape, made when it first comes. The largest should come first: a larger one moves all."""
@@ -234,19 +253,6 @@ def suits(model: Generalist) -> bool:
     """
     foreign = any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
     return not foreign and model.language_model.config._attn_implementation != "eager"
-
-
-def _read(model: Generalist, state: _State, embeddings: Tensor, positions: Tensor, mask: Tensor | None) -> None:
-    """The pass over prompts [B, T, D], whose keys and values then stand in front."""
-    length = embeddings.shape[1]
-    if not _by_transformers(model):
-        state.read[:, :length] = layers.read(model, embeddings, positions, mask, state.keys, state.values)
-        return
-    cache = DynamicCache(config=model.language_model.config)
-    state.read[:, :length] = model.read(embeddings, positions, mask, cache)
-    for keys, values, layer in zip(state.keys, state.values, cast(list[DynamicLayer], cache.layers), strict=True):
-        keys[:, :, :length] = cast(Tensor, layer.keys)
-        values[:, :, :length] = cast(Tensor, layer.values)
 
 
 def _by_transformers(model: Generalist) -> bool:
