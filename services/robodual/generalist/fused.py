@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import structlog
 import torch
@@ -21,11 +21,16 @@ from robodual.generalist.tokens import ROW
 logger = structlog.get_logger(__name__)
 
 MOST_ROWS = 64  # beyond, products are no longer bound by the weights' reading, and cuBLAS is as good
-PART = 64  # slots that attention reads at once
+NARROW = 16  # rows up to which all stages fit
+TOKENS = 64  # of a prompt that a program rotates
 GATES = 1024  # that a program computes
 WHOLE = 128  # what every size must be a multiple of
-LINE = 128  # bytes of a line of the cache
-AHEAD = 8  # lines of each row of a weight that are brought near before the kernel before has ended
+LINE = 128  # bytes of a line of the second-level cache
+
+# What an H200 is fastest with: columns of a program, depth at once, stages, warps.
+TILES = {"qkv": (32, 128, 4, 4), "out": (32, 256, 6, 4), "gate_up": (32, 128, 4, 4), "down": (32, 256, 6, 4)}
+ATTENTION = (64, 3, 4)  # slots at once, stages, warps
+AHEAD = 96  # programs that bring the output's weight near while others attend
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,15 @@ class Layer:
     norm2: Tensor
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """The residual stream, and what the next norm needs of it."""
+
+    x: Tensor  # [R, D]
+    normed: Tensor  # [R, D], times the norm's weight, not yet divided
+    squares: Tensor  # float32 [R, S], sums of squares of parts of a row
+
+
 class FusedLayers:
     """All layers of one model. Their weights are laid one below the other, where they then stay; values may change."""
 
@@ -54,7 +68,6 @@ class FusedLayers:
         self._heads, self._groups, self._width = config.heads, config.key_value_heads, config.width // config.heads
         self._epsilon = config.rms_epsilon
         self._depths = config.width, config.mlp_width
-        self._chained = model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) >= (9, 0)
         self._layers = [
             _lay_out(layer) for layer in cast(Sequence[LlamaDecoderLayer], model.language_model.model.layers)
         ]
@@ -64,7 +77,7 @@ class FusedLayers:
         weight = self._layers[0].norm1
         x = weight.new_zeros(1, ROW, len(weight))
         angles = weight.new_zeros(1, ROW, self._width // 2)
-        cache = weight.new_zeros(1, 1, self._groups, PART, self._width)
+        cache = weight.new_zeros(1, 1, self._groups, ATTENTION[0], self._width)
         slots = torch.arange(ROW, device=weight.device).unsqueeze(0)
         self(x, angles, angles, slots, slots[:, :1], cache, cache.clone())
         if self.reads:
@@ -90,13 +103,16 @@ class FusedLayers:
         x = x.reshape(rows, width).clone()
         qkv, mixed, hidden = x.new_empty(rows, joined), x.new_empty(rows, inner), x.new_empty(rows, self._depths[1])
         cos, sin, slots, padding = (tensor.contiguous() for tensor in (cos, sin, slots, padding))
-        for layer, own_keys, own_values in zip(self._layers, keys, values):
-            self._linear(x, layer.qkv, qkv, norm=layer.norm1)
-            self._attend(qkv, own_keys, own_values, cos, sin, slots, padding, mixed, count)
-            self._linear(mixed, layer.out, x, residual=x)
-            self._linear(x, layer.gate_up, hidden, norm=layer.norm2, gated=True)
-            self._linear(hidden, layer.down, x, residual=x)
-        return x.view(batch, count, width)
+        first = self._layers[0].norm1
+        stream = _Stream(x, x * first, x.float().square().sum(dim=1, keepdim=True))
+        after = [*(layer.norm1 for layer in self._layers[1:]), first]  # the last is not read
+        for layer, following, own_keys, own_values in zip(self._layers, after, keys, values):
+            self._linear("qkv", stream.normed, layer.qkv, qkv, squares=stream.squares)
+            self._attend(qkv, own_keys, own_values, cos, sin, slots, padding, mixed, count, layer.out.weight)
+            stream = self._add("out", mixed, layer.out, stream.x, layer.norm2)
+            self._linear("gate_up", stream.normed, layer.gate_up, hidden, squares=stream.squares, gated=True)
+            stream = self._add("down", hidden, layer.down, stream.x, following)
+        return stream.x.view(batch, count, width)
 
     @property
     def reads(self) -> bool:
@@ -119,7 +135,7 @@ class FusedLayers:
         seen = None if mask is None else visible(mask)
         queries = x.new_empty(batch, self._heads, count, self._width)
         hidden = x.new_empty(rows, columns)
-        programs = batch, self._heads + 2 * self._groups, -(-count // PART)
+        programs = batch, self._heads + 2 * self._groups, -(-count // TOKENS)
         x = x.reshape(rows, width)
         for layer, own_keys, own_values in zip(self._layers, keys, values):
             qkv = F.linear(F.rms_norm(x, (width,), layer.norm1, self._epsilon), layer.qkv.weight)
@@ -135,7 +151,7 @@ class FusedLayers:
                 GROUPS=self._groups,
                 WIDTH=self._width,
                 SLOTS=slots,
-                PART=PART,
+                PART=TOKENS,
             )
             mixed = F.scaled_dot_product_attention(
                 queries,
@@ -151,47 +167,56 @@ class FusedLayers:
             x = torch.addmm(x, hidden, layer.down.weight.T)
         return x.view(batch, count, width)
 
+    def _add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, norm: Tensor) -> _Stream:
+        """The residual stream after a product is added, ready for the norm of that weight."""
+        rows, columns = residual.shape
+        sums = torch.empty(rows, columns // _divisor(columns, TILES[name][0]), device=x.device)
+        stream = _Stream(residual, torch.empty_like(residual), sums)
+        self._linear(name, x, matrix, residual, stream=stream, norm=norm)
+        return stream
+
     def _linear(
         self,
+        name: str,
         x: Tensor,
         matrix: Matrix,
         out: Tensor,
         *,
+        squares: Tensor | None = None,
+        stream: _Stream | None = None,
         norm: Tensor | None = None,
-        residual: Tensor | None = None,
         gated: bool = False,
     ) -> None:
         from robodual.generalist import kernels
 
         (rows, depth), columns = x.shape, out.shape[1]
-        wide = columns > depth or gated
-        each = _divisor(columns, 32)
-        part = _divisor(depth, 128 if wide else 256)
-        line = LINE // matrix.weight.element_size()
-        arguments: dict[str, Any] = {"num_warps": 4, **({"launch_pdl": True} if self._chained else {})}
+        each, part, stages, warps = TILES[name]
+        each, part = _divisor(columns, each), _divisor(depth, part)
         kernels.linear[(columns // each,)](
             x,
             matrix.weight,
-            x if matrix.scale is None else matrix.scale,
-            x if norm is None else norm,
-            x if residual is None else residual,
+            matrix.weight if matrix.scale is None else matrix.scale,
+            squares,
             out,
+            norm,
+            out,
+            None if stream is None else stream.normed,
+            None if stream is None else stream.squares,
             rows,
             columns,
             self._epsilon,
             DEPTH=depth,
-            NORM=norm is not None,
+            NORMED=squares is not None,
+            SUMS=1 if squares is None else squares.shape[1],
+            MOST_SUMS=1 if squares is None else _power(squares.shape[1]),
             GATED=gated,
-            ADDED=residual is not None,
+            ADDED=stream is not None,
             SCALED=matrix.scale is not None,
-            CHAINED=self._chained,
             ROWS=_power(rows),
             COLUMNS=each,
             PART=part,
-            STAGES=4,
-            LINE=line,
-            AHEAD=max(1, min(AHEAD, _divisor(depth, depth) // line)),
-            **arguments,
+            STAGES=stages if rows <= NARROW else 3,
+            num_warps=warps,
         )
 
     def _attend(
@@ -205,12 +230,14 @@ class FusedLayers:
         padding: Tensor,
         out: Tensor,
         count: int,
+        ahead: Tensor,
     ) -> None:
         from robodual.generalist import kernels
 
         batch, groups, length, width = keys.shape
-        arguments: dict[str, Any] = {"num_warps": 4, **({"launch_pdl": True} if self._chained else {})}
-        kernels.attention[(batch * groups,)](
+        part, stages, warps = ATTENTION
+        bytes_each = ahead.element_size()
+        kernels.attention[(batch * groups + (AHEAD if ahead.is_cuda else 0),)](
             qkv,
             keys,
             values,
@@ -219,18 +246,21 @@ class FusedLayers:
             slots,
             padding,
             out,
+            ahead,
             width**-0.5,
             HEADS=self._heads,
             GROUPS=groups,
             WIDTH=width,
             SLOTS=length,
             COUNT=count,
-            CHAINED=self._chained,
+            PROGRAMS=batch * groups,
+            LINES=ahead.numel() * bytes_each // LINE,
+            LINE=LINE // bytes_each,
             QUERIES=_power(count * (self._heads // groups)),
             NEW=_power(count),
-            PART=PART,
-            STAGES=3,
-            **arguments,
+            PART=part,
+            STAGES=stages,
+            num_warps=warps,
         )
 
 

@@ -1,25 +1,17 @@
 """A decoding step's layers as five Triton kernels each, for a GPU that would else wait for launches between small ones.
 
-A step of a few tokens costs what reading its weights costs. Each kernel here reads its part of them in one stream and
-does the small things around the product while the values are at hand; the next kernel is started before it ends
-(programmatic dependent launch) and has the beginning of its own weights brought near meanwhile.
+A step of a few tokens costs what reading its weights costs. Each kernel here reads its part of them in one stream, and
+does the small things before and after the product where they cost nothing. A norm is spread over two: the kernel that
+adds to the residual stream also leaves the sums of its squares and the values times the norm's weight, and the next one
+scales what it has multiplied.
 
-Tensor names: R rows (sequences times new tokens), D the width, H heads of width W, K key-value heads, M slots.
+Tensor names: R rows (sequences times new tokens), D the width, H heads of width W, K key-value heads, M slots, S sums.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-
-@triton.jit
-def _bring(pointers):
-    """Has the lines at the pointers brought to the second-level cache, without waiting for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -27,67 +19,66 @@ def linear(
     x,  # [R, DEPTH]
     weight,  # [columns, DEPTH]; GATED: [2 * columns, DEPTH], the gates' rows first
     scale,  # float8 weights' [columns] or [2 * columns]
-    norm,  # [DEPTH]
+    squares,  # float32 [R, SUMS], NORMED: of x before its norm's weight
     residual,  # [R, columns]
+    norm,  # [columns], ADDED: the weight of the norm that follows
     out,  # [R, columns]
+    following,  # [R, columns], ADDED: `out` times `norm`
+    sums,  # float32 [R, programs], ADDED: of the squares of `out`
     rows,
     columns,
     epsilon,
     DEPTH: tl.constexpr,
-    NORM: tl.constexpr,  # x is normed first, by its root mean square and `norm`
+    NORMED: tl.constexpr,  # the products are divided by the root mean square of x
+    SUMS: tl.constexpr,
+    MOST_SUMS: tl.constexpr,  # a power of two that holds them
     GATED: tl.constexpr,  # the SiLU of one product times another
     ADDED: tl.constexpr,  # the residual is added
     SCALED: tl.constexpr,  # the weight is float8
-    CHAINED: tl.constexpr,  # it may be started before the kernel before it has ended
     ROWS: tl.constexpr,  # at least R
     COLUMNS: tl.constexpr,  # of one program
     PART: tl.constexpr,  # of the depth, at once
     STAGES: tl.constexpr,
-    LINE: tl.constexpr,  # values of the weight in a line of the cache
-    AHEAD: tl.constexpr,  # lines of each row of the weight that are brought near before the wait
 ):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
     depth = tl.arange(0, PART)
-    starts = weight + column.to(tl.int64) * DEPTH
-    if CHAINED:
-        lines = tl.arange(0, AHEAD) * LINE
-        _bring(starts[:, None] + lines[None, :])
-        if GATED:
-            _bring(starts[:, None] + columns.to(tl.int64) * DEPTH + lines[None, :])
-        gdc_wait()
-        gdc_launch_dependents()
     inside = row[:, None] < rows
     sources = x + row[:, None] * DEPTH + depth[None, :]
-    weights = starts[:, None] + depth[None, :]
+    weights = weight + column[:, None].to(tl.int64) * DEPTH + depth[None, :]
+    others = weights + columns.to(tl.int64) * DEPTH
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     other = tl.zeros((ROWS, COLUMNS), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)
     for start in tl.range(0, DEPTH, PART, num_stages=STAGES):
         values = tl.load(sources + start, mask=inside, other=0.0)
-        if NORM:
-            wide = values.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=1)
-            values = values * tl.load(norm + start + depth)[None, :]
         own = tl.load(weights + start)
         total = tl.dot(values, own.to(values.dtype).T, total, input_precision="ieee")
         if GATED:
-            second = tl.load(weights + columns.to(tl.int64) * DEPTH + start)
+            second = tl.load(others + start)
             other = tl.dot(values, second.to(values.dtype).T, other, input_precision="ieee")
-    if NORM:
-        inverse = 1.0 / tl.sqrt(squares / DEPTH + epsilon)
-        total *= inverse[:, None]
-        other *= inverse[:, None]
     if SCALED:
         total *= tl.load(scale + column).to(tl.float32)[None, :]
-    if GATED:
-        if SCALED:
+        if GATED:
             other *= tl.load(scale + columns + column).to(tl.float32)[None, :]
+    if NORMED:
+        each = tl.arange(0, MOST_SUMS)[None, :]
+        parts = tl.load(squares + row[:, None] * SUMS + each, mask=inside & (each < SUMS), other=0.0)
+        square = tl.sum(parts, axis=1)
+        inverse = 1.0 / tl.sqrt(square / DEPTH + epsilon)
+        total *= inverse[:, None]
+        other *= inverse[:, None]
+    if GATED:
         total = total / (1.0 + tl.exp(-total)) * other
     places = row[:, None] * columns + column[None, :]
     if ADDED:
         total += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
+    stored = total.to(out.dtype.element_ty)
+    tl.store(out + places, stored, mask=inside)
+    if ADDED:
+        tl.store(following + places, stored * tl.load(norm + column)[None, :], mask=inside)
+        wide = stored.to(tl.float32)
+        target = sums + row * tl.num_programs(0) + tl.program_id(0)
+        tl.store(target, tl.sum(wide * wide, axis=1), mask=row < rows)
 
 
 @triton.jit
@@ -157,6 +148,21 @@ def gate(
 
 
 @triton.jit
+def _bring(pointer, number, programs, LINES: tl.constexpr, LINE: tl.constexpr):
+    """Has this program's share of the lines brought to the second-level cache, without waiting for them."""
+    for start in range(number * 1024, LINES, programs * 1024):
+        lines = tl.minimum(start + tl.arange(0, 1024), LINES - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [pointer + lines.to(tl.int64) * LINE],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def attention(
     qkv,  # [R, (H + 2 K) * W]
     keys,  # [B, K, M, W], to which it writes the new ones; their slots and those beyond are not read
@@ -166,25 +172,32 @@ def attention(
     slots,  # int64 [R], of the new tokens; a sequence's first is its smallest
     padding,  # int64 [B], slots in front that do not count
     out,  # [R, H * W]
+    ahead,  # a weight that is read next
     scale,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
     COUNT: tl.constexpr,  # new tokens of a sequence
-    CHAINED: tl.constexpr,
+    PROGRAMS: tl.constexpr,  # sequences times key-value heads; those beyond bring `ahead` near
+    LINES: tl.constexpr,  # of `ahead`, in all
+    LINE: tl.constexpr,  # its values in a line
     QUERIES: tl.constexpr,  # at least COUNT times the heads of a group
     NEW: tl.constexpr,  # at least COUNT
     PART: tl.constexpr,  # slots at once
     STAGES: tl.constexpr,
 ):
-    """Of one sequence and key-value head a program: rotates queries and keys, keeps keys and values, attends."""
+    """Of one sequence and key-value head a program: rotates queries and keys, keeps keys and values, attends.
+
+    That takes few of a GPU's processors and little of its memory's bandwidth: with more programs, the others bring the
+    next kernel's weight to the second-level cache meanwhile.
+    """
+    if tl.program_id(0) >= PROGRAMS:
+        _bring(ahead, tl.program_id(0) - PROGRAMS, tl.num_programs(0) - PROGRAMS, LINES, LINE)
+        return
     sequence, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
     half: tl.constexpr = WIDTH // 2
     stride: tl.constexpr = (HEADS + 2 * GROUPS) * WIDTH
-    if CHAINED:
-        gdc_wait()
-        gdc_launch_dependents()
     low, channel = tl.arange(0, half), tl.arange(0, WIDTH)
 
     query = tl.arange(0, QUERIES)  # the heads of the group, a row of new tokens each
