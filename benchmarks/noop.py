@@ -2,7 +2,7 @@
 
     python -m benchmarks.noop specialist --port 50052 --http-port 8052
 
-Its records are as large as the published ones: hidden states [90, 4096]. Redis and all else come from the environment,
+With --real NAME the service of that name is a real one, which the other serves. A generalist's records are as large as the published ones: hidden states [90, 4096]. Redis and all else come from the environment,
 as with `robodual serve`.
 """
 
@@ -60,16 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("service", choices=["generalist", "specialist"])
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--http-port", type=int, default=0)
-    for ignored in ("--profile", "--device"):
-        parser.add_argument(ignored, help=argparse.SUPPRESS)
+    parser.add_argument("--real", choices=["generalist", "specialist"])
+    parser.add_argument("--profile", default="robodual-7b")
+    parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
-    ports = {"port": options.port, "http_port": options.http_port}
+    real = options.real == options.service
+    given = {"port": options.port, "http_port": options.http_port, "profile": options.profile, "device": options.device}
     if options.service == "generalist":
-        settings = GeneralistSettings(**ports)
-        server.run(settings, generalist.serving(settings, NoGeneralist()))
+        settings = GeneralistSettings(**given)
+        server.run(settings, generalist.serving(settings, *(() if real else (NoGeneralist(),))))
     else:
-        chosen = SpecialistSettings(**ports)
-        server.run(chosen, specialist.serving(chosen, NoSpecialist()))
+        chosen = SpecialistSettings(**given)
+        server.run(chosen, specialist.serving(chosen, *(() if real else (NoSpecialist(),))))
     return 0
 
 

@@ -4,7 +4,8 @@
     python -m benchmarks.system --policy noop --find-limit --rate 15 --seconds 10
 
 Robots are real clients, several in one process (robots.py). With the policy noop the models answer zeros at once
-(noop.py), and what is measured is the services themselves. --find-limit doubles the robots until a deadline is missed,
+(noop.py), and what is measured is the services themselves; with the policy specialist the generalist's does, and the
+specialist is of published size. --find-limit doubles the robots until a deadline is missed,
 then bisects. Everything shares this machine: robots that are late because their own process is count as late.
 """
 
@@ -156,6 +157,9 @@ def rig(options: argparse.Namespace) -> Iterator[Rig]:
     settings = {"ROBODUAL_MAX_QUEUE": str(MOST), "ROBODUAL_SPECIALIST_MAX_SESSIONS": str(MOST)}
     if options.policy == "noop":
         pair = Options(settings=settings, command=(sys.executable, "-m", "benchmarks.noop"))
+    elif options.policy == "specialist":
+        command = (sys.executable, "-m", "benchmarks.noop", "--real", "specialist")
+        pair = Options(profile="robodual-7b", device=options.device, settings=settings, command=command)
     else:
         pair = Options(profile=options.policy, device=options.device, settings=settings)
     context = get_context("spawn")
@@ -183,11 +187,11 @@ def highest(holds: Callable[[int], bool], most: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns 1 if `--compare` finds a regression."""
     parser = argparse.ArgumentParser(prog="benchmarks.system", description=__doc__.splitlines()[0])
-    parser.add_argument("--policy", default="toy", choices=["noop", "toy", "playtable", "robodual-7b"])
+    parser.add_argument("--policy", default="toy", choices=["noop", "specialist", "toy", "playtable", "robodual-7b"])
     parser.add_argument("--robots", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rate", type=float, default=15.0, help="control steps a second")
     parser.add_argument("--seconds", type=float, default=20.0, help="measured, after one that is not")
-    parser.add_argument("--schedule", help="by default published with noop, else async")
+    parser.add_argument("--schedule", help="by default published with noop and specialist, else async")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="of robots")
     parser.add_argument("--find-limit", action="store_true", help="the most robots with no deadline missed")
@@ -195,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tolerate", type=float, default=0.0, help="share of deadlines that --find-limit lets pass")
     measurement.add_outputs(parser)
     options = parser.parse_args(argv)
-    options.schedule = options.schedule or ("published" if options.policy == "noop" else "async")
+    options.schedule = options.schedule or ("published" if options.policy in ("noop", "specialist") else "async")
 
     def holds(count: int) -> bool:
         row = running.measure(count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ pytest.importorskip("triton")
 
 from robodual.generalist import fused, layers
 from robodual.generalist.config import LanguageConfig
+from robodual.generalist.decoding import decode
 from robodual.generalist.fused import FusedLayers, can_fuse, fuse
 from robodual.generalist.model import Generalist, build, randomise
 from robodual.generalist.quantisation import quantisable, quantise
+from robodual.generalist.stepping import Stepper
+from robodual.generalist.tokens import GENERATED, ROW
 from robodual.profiles import PROFILES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,7 +54,9 @@ def differences(one: Generalist, other: Generalist, batch: int, count: int) -> l
     half = cos.shape[-1] // 2
     expected = keys.clone(), values.clone()
     plain = layers.step(other, x, (cos, sin), slots, padding, *expected)
-    found = FusedLayers(one)(x, cos[..., :half], sin[..., :half], slots, padding, keys, values)
+    kernels = FusedLayers(one)
+    angles = cos[..., :half].contiguous(), sin[..., :half].contiguous()
+    found = kernels(kernels.stream(x.flatten(0, 1).clone()), angles, slots, padding, keys, values)
     read = slots < slots.max()
     beyond = int(slots.max())
     for cache in (keys, values, *expected):
@@ -64,6 +70,28 @@ def differences(one: Generalist, other: Generalist, batch: int, count: int) -> l
 def test_fused_layers_compute_what_the_operations_do(language: LanguageConfig, batch: int, count: int) -> None:
     one = model(language)
     assert max(differences(one, one, batch, count)) < 1e-5
+
+
+@pytest.mark.parametrize(("way", "constrained"), [("guesses", True), ("drafts", False), ("batch", True)])
+def test_whole_chunks_are_those_of_the_operations(way: str, constrained: bool) -> None:
+    one = model(replace(SHAPES["heads of their own"], layers=1))
+    plain, stepper = Stepper(one, captures=False), Stepper(one, captures=False)
+    plain._fused, stepper._fused = None, FusedLayers(one)
+    generator = torch.Generator().manual_seed(1)
+    count = 2 if way == "batch" else 1
+    pixels = torch.randn(count, 6, *[one.config.towers[0].image_size] * 2, generator=generator).to(DEVICE)
+    prompts = [torch.randint(3, 200, (5 + 2 * i,), generator=generator).to(DEVICE) for i in range(count)]
+    options: dict[str, Any] = {"guessing": True, "window": ROW}
+    if way == "drafts":
+        right = decode(one, pixels, prompts, constrained=constrained, stepper=plain).tokens
+        options = {"drafts": torch.where(torch.rand(1, GENERATED, generator=generator).to(DEVICE) < 0.2, 5, right)}
+    given = one, pixels, prompts
+    expected = decode(*given, constrained=constrained, stepper=plain, **options)
+    found = decode(*given, constrained=constrained, stepper=stepper, **options)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert found.forwards == expected.forwards
+    for mine, other in zip(found.hidden, expected.hidden, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("language", SHAPES.values(), ids=SHAPES)

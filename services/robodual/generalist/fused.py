@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from robodual.generalist.joined import Matrix, lay_out, layers_of, linears
 from robodual.generalist.layers import visible
 from robodual.generalist.model import Generalist
 from robodual.generalist.quantisation import Float8Linear
-from robodual.generalist.tokens import ROW
+from robodual.generalist.tokens import GENERATED, ROW
 
 logger = structlog.get_logger(__name__)
 
@@ -33,26 +34,11 @@ ATTENTION = (64, 3, 4)  # slots at once, stages, warps
 AHEAD = 96  # programs that bring the output's weight near while others attend
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """Linear layers' weights one below the other, [out, in]; scale: float8's [out]."""
-
-    weight: Tensor
-    scale: Tensor | None
+Rotation = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Layer:
-    qkv: Matrix
-    out: Matrix
-    gate_up: Matrix
-    down: Matrix
-    norm1: Tensor
-    norm2: Tensor
-
-
-@dataclass(frozen=True)
-class _Stream:
+class Stream:
     """The residual stream, and what the next norm needs of it."""
 
     x: Tensor  # [R, D]
@@ -68,8 +54,10 @@ class FusedLayers:
         self._heads, self._groups, self._width = config.heads, config.key_value_heads, config.width // config.heads
         self._epsilon = config.rms_epsilon
         self._depths = config.width, config.mlp_width
+        self._embeddings = model.language_model.model.embed_tokens.weight.detach()
+        self._frequencies = model.language_model.model.rotary_emb.inv_freq
         self._layers = [
-            _lay_out(layer) for layer in cast(Sequence[LlamaDecoderLayer], model.language_model.model.layers)
+            lay_out(layer) for layer in cast(Sequence[LlamaDecoderLayer], model.language_model.model.layers)
         ]
 
     def try_one(self) -> None:
@@ -79,7 +67,10 @@ class FusedLayers:
         angles = weight.new_zeros(1, ROW, self._width // 2)
         cache = weight.new_zeros(1, 1, self._groups, ATTENTION[0], self._width)
         slots = torch.arange(ROW, device=weight.device).unsqueeze(0)
-        self(x, angles, angles, slots, slots[:, :1], cache, cache.clone())
+        tokens = slots.new_zeros(1, GENERATED + 1)
+        stream, rotation, slots = self.begin(tokens, slots[:, :1], slots[0, :1], slots[:, :1], ROW)
+        self(stream, rotation, slots, slots[:, :1].clone(), cache, cache.clone())
+        self.conclude(slots, tokens, slots[:, :1].clone(), slots[0, :1], tokens[0], 0, True)
         if self.reads:
             self.read(x, (angles, angles), None, cache, cache.clone())
         if weight.is_cuda:
@@ -89,23 +80,92 @@ class FusedLayers:
         """Whether so many rows are what they are for."""
         return rows <= MOST_ROWS
 
-    def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, padding: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """x [B, N, D] through all layers, before the final norm.
+    def begin(
+        self, tokens: Tensor, place: Tensor, length: Tensor, padding: Tensor, count: int
+    ) -> tuple[Stream, Rotation, Tensor]:
+        """Of `count` new tokens a sequence: the stream of their embeddings, rotation, and slots int64 [B, N].
 
-        cos, sin: [B, N, W / 2], of the rotation; slots: int64 [B, N], where the tokens' keys and values go; padding:
+        tokens: int64 [B, 65], place, padding: int64 [B, 1], length: int64 [1], as in stepping.py.
+        """
+        from robodual.generalist import end_kernels
+
+        table, norm = self._embeddings, self._layers[0].norm1
+        (batch, every), width, half = tokens.shape, table.shape[1], self._width // 2
+        rows = batch * count
+        x, normed = table.new_empty(2, rows, width).unbind()
+        cos, sin = table.new_empty(2, batch, count, half).unbind()
+        squares = torch.empty(rows, 1, device=table.device)
+        slots = tokens.new_empty(batch, count)
+        end_kernels.begin[(rows,)](
+            tokens,
+            place,
+            length,
+            padding,
+            table,
+            self._frequencies,
+            norm,
+            x,
+            normed,
+            squares,
+            cos,
+            sin,
+            slots,
+            COUNT=count,
+            ALL=every,
+            LAST=GENERATED - 1,
+            D=width,
+            MOST=_power(width),
+            HALF=half,
+        )
+        return Stream(x, normed, squares), (cos, sin), slots
+
+    def conclude(
+        self,
+        best: Tensor,
+        tokens: Tensor,
+        place: Tensor,
+        limit: Tensor,
+        layout: Tensor,
+        first: int | None,
+        refining: bool,
+    ) -> None:
+        """Keeps the guesses that are right. best: int64 [B, N], counted from the token `first` on; None: all tokens."""
+        from robodual.generalist import end_kernels
+
+        batch, count = best.shape
+        end_kernels.conclude[(batch,)](
+            best,
+            tokens,
+            place,
+            limit,
+            layout,
+            COUNT=count,
+            MOST=_power(count),
+            ALL=tokens.shape[1],
+            LAST=GENERATED - 1,
+            ROW=ROW,
+            FIRST_ACTION=0 if first is None else first,
+            CONSTRAINED=first is not None,
+            REFINING=refining,
+        )
+
+    def stream(self, x: Tensor) -> Stream:
+        """The stream of tokens x [R, D], which it will write to."""
+        return Stream(x, x * self._layers[0].norm1, x.float().square().sum(dim=1, keepdim=True))
+
+    def __call__(
+        self, stream: Stream, rotation: Rotation, slots: Tensor, padding: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """New tokens [R, D] through all layers, before the final norm, to [B, N, D].
+
+        rotation: cosines and sines [B, N, W / 2]; slots: int64 [B, N], where the tokens' keys and values go; padding:
         int64 [B, 1], slots in front that do not count; keys, values: [layers, B, K, M, W].
         """
-        batch, count, width = x.shape
-        rows, inner = batch * count, self._heads * self._width
-        joined = inner + 2 * self._groups * self._width
-        x = x.reshape(rows, width).clone()
-        qkv, mixed, hidden = x.new_empty(rows, joined), x.new_empty(rows, inner), x.new_empty(rows, self._depths[1])
-        cos, sin, slots, padding = (tensor.contiguous() for tensor in (cos, sin, slots, padding))
-        first = self._layers[0].norm1
-        stream = _Stream(x, x * first, x.float().square().sum(dim=1, keepdim=True))
-        after = [*(layer.norm1 for layer in self._layers[1:]), first]  # the last is not read
+        (batch, count), x, (cos, sin) = slots.shape, stream.x, rotation
+        (rows, width), inner = x.shape, self._heads * self._width
+        qkv = x.new_empty(rows, inner + 2 * self._groups * self._width)
+        mixed, hidden = x.new_empty(rows, inner), x.new_empty(rows, self._depths[1])
+        after = [*(layer.norm1 for layer in self._layers[1:]), self._layers[0].norm1]  # the last is not read
         for layer, following, own_keys, own_values in zip(self._layers, after, keys, values):
             self._linear("qkv", stream.normed, layer.qkv, qkv, squares=stream.squares)
             self._attend(qkv, own_keys, own_values, cos, sin, slots, padding, mixed, count, layer.out.weight)
@@ -167,11 +227,11 @@ class FusedLayers:
             x = torch.addmm(x, hidden, layer.down.weight.T)
         return x.view(batch, count, width)
 
-    def _add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, norm: Tensor) -> _Stream:
+    def _add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, norm: Tensor) -> Stream:
         """The residual stream after a product is added, ready for the norm of that weight."""
         rows, columns = residual.shape
         sums = torch.empty(rows, columns // _divisor(columns, TILES[name][0]), device=x.device)
-        stream = _Stream(residual, torch.empty_like(residual), sums)
+        stream = Stream(residual, torch.empty_like(residual), sums)
         self._linear(name, x, matrix, residual, stream=stream, norm=norm)
         return stream
 
@@ -183,7 +243,7 @@ class FusedLayers:
         out: Tensor,
         *,
         squares: Tensor | None = None,
-        stream: _Stream | None = None,
+        stream: Stream | None = None,
         norm: Tensor | None = None,
         gated: bool = False,
     ) -> None:
@@ -281,7 +341,7 @@ def can_fuse(model: Generalist) -> bool:
     """Whether the model's layers are such as the kernels read: on a GPU, in bfloat16, plain or float8, with Triton."""
     config = model.config.language
     sizes = config.width, config.mlp_width, config.key_value_heads * (config.width // config.heads)
-    kinds = {type(module) for layer in _layers(model) for module in _linears(layer)}
+    kinds = {type(module) for layer in layers_of(model) for module in linears(layer)}
     return (
         model.device.type == "cuda"
         and model.dtype == torch.bfloat16
@@ -290,45 +350,6 @@ def can_fuse(model: Generalist) -> bool:
         and (kinds == {nn.Linear} or kinds == {Float8Linear})
         and importlib.util.find_spec("triton") is not None
     )
-
-
-def _layers(model: Generalist) -> Sequence[LlamaDecoderLayer]:
-    return cast(Sequence[LlamaDecoderLayer], model.language_model.model.layers)
-
-
-def _linears(layer: LlamaDecoderLayer) -> list[nn.Module]:
-    """Queries, keys, values, out, gate, up, down."""
-    attention, mlp = layer.self_attn, layer.mlp
-    own = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    return [*own, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
-
-def _lay_out(layer: LlamaDecoderLayer) -> Layer:
-    linears = _linears(layer)
-    return Layer(
-        qkv=_join(linears[:3]),
-        out=_join(linears[3:4]),
-        gate_up=_join(linears[4:6]),
-        down=_join(linears[6:]),
-        norm1=layer.input_layernorm.weight,
-        norm2=layer.post_attention_layernorm.weight,
-    )
-
-
-def _join(layers: Sequence[nn.Module]) -> Matrix:
-    """Moves the layers' weights into one tensor, of which they are parts from then on."""
-    return Matrix(_joined(layers, "weight"), _joined(layers, "scale") if isinstance(layers[0], Float8Linear) else None)
-
-
-def _joined(layers: Sequence[nn.Module], name: str) -> Tensor:
-    parameters = [cast(nn.Parameter, getattr(layer, name)) for layer in layers]
-    if len(parameters) == 1:
-        return parameters[0].detach()
-    # Bytes, since not all that joins tensors takes float8.
-    whole = torch.cat([parameter.detach().view(torch.uint8) for parameter in parameters]).view(parameters[0].dtype)
-    for parameter, part in zip(parameters, torch.split(whole, [len(p) for p in parameters])):
-        parameter.data = part
-    return whole
 
 
 def _power(rows: int) -> int:

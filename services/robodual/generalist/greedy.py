@@ -31,10 +31,14 @@ def standing_still(ids: TokenConfig, device: torch.device) -> Tensor:
 
 def greedy(model: Generalist, hidden: Tensor, layout: Tensor, constrained: bool) -> Tensor:
     """The best tokens [B, N] after hidden states [B, N, D], for the N places of a chunk that `layout` describes."""
-    head = model.language_model.lm_head
-    if not constrained:
-        best: Tensor = head(hidden).argmax(dim=-1)
-        return best
-    ids = model.config.tokens
-    actions = F.linear(hidden, head.weight[ids.action_start : ids.action_end]).argmax(dim=-1) + ids.action_start
-    return torch.where(layout < 0, actions, layout)
+    best = best_tokens(model, hidden, constrained)
+    return torch.where(layout < 0, best + model.config.tokens.action_start, layout) if constrained else best
+
+
+def best_tokens(model: Generalist, hidden: Tensor, constrained: bool) -> Tensor:
+    """The best tokens [B, N] after hidden states [B, N, D]; constrained: of the actions' alone, counted from 0."""
+    head, ids = model.language_model.lm_head, model.config.tokens
+    if constrained:
+        return F.linear(hidden, head.weight[ids.action_start : ids.action_end]).argmax(dim=-1)
+    best: Tensor = head(hidden).argmax(dim=-1)
+    return best

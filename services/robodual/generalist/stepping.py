@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from robodual.capture import Recorder, Shapes
 from robodual.generalist import layers
 from robodual.generalist.fused import FusedLayers, fuse
-from robodual.generalist.greedy import chunk_layout, greedy
+from robodual.generalist.greedy import best_tokens, chunk_layout, greedy
 from robodual.generalist.model import Generalist
 from robodual.generalist.tokens import GENERATED, ROW
 from robodual.graphs import Graphs
@@ -268,16 +268,15 @@ def _step(
 
     With `refining`, what it says after a wrong one becomes the guess there, and a row on.
     """
+    if fused is not None and fused.takes(state.tokens.shape[0] * count):
+        _fused_step(model, fused, state, count, constrained, refining)
+        return
     llama, ahead = model.language_model.model, state.every[:count]
     places = (state.place + ahead).clamp(max=LAST)  # [B, N], of the tokens fed
     slots = state.length + places  # [B, N]
     x = llama.embed_tokens(state.tokens.gather(1, places).clamp(min=0))  # [B, N, D]
-    cos, sin = llama.rotary_emb(x, slots - state.padding)  # [B, N, W]
-    half = cos.shape[-1] // 2
-    if fused is not None and fused.takes(x.shape[0] * count):
-        x = fused(x, cos[..., :half], sin[..., :half], slots, state.padding, state.keys, state.values)
-    else:
-        x = layers.step(model, x, (cos, sin), slots, state.padding, state.keys, state.values)
+    rotation = llama.rotary_emb(x, slots - state.padding)  # [B, N, W] each
+    x = layers.step(model, x, rotation, slots, state.padding, state.keys, state.values)
     x = layers.normed(llama.norm, x)
 
     state.hidden.scatter_(1, places.unsqueeze(2).expand_as(x), x)
@@ -303,3 +302,16 @@ def _step(
         better |= layout < 0
     state.tokens.scatter_(1, places, torch.where(better, answers, guesses))
     state.place.add_(kept.sum(dim=1, keepdim=True)).clamp_(max=LAST)
+
+
+def _fused_step(
+    model: Generalist, fused: FusedLayers, state: _State, count: int, constrained: bool, refining: bool
+) -> None:
+    """The same by kernels."""
+    stream, rotation, slots = fused.begin(state.tokens, state.place, state.length, state.padding, count)
+    x = fused(stream, rotation, slots, state.padding, state.keys, state.values)
+    x = layers.normed(model.language_model.model.norm, x)
+    state.hidden.scatter_(1, (slots - state.length).unsqueeze(2).expand_as(x), x)
+    best = best_tokens(model, x, constrained)
+    first = model.config.tokens.action_start if constrained else None
+    fused.conclude(best, state.tokens, state.place, state.limit, state.layout, first, refining)
