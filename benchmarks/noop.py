@@ -2,8 +2,8 @@
 
     python -m benchmarks.noop specialist --port 50052 --http-port 8052
 
-With --real NAME the service of that name is a real one, which the other serves. A generalist's records are as large as the published ones: hidden states [90, 4096]. Redis and all else come from the environment,
-as with `robodual serve`.
+With --real NAME the service of that name is a real one. The generalist's records are as large as the published ones:
+hidden states [90, 4096]. Redis and all else come from the environment, as with `robodual serve`.
 """
 
 from __future__ import annotations

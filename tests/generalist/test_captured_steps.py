@@ -76,14 +76,14 @@ def test_prompts_of_different_lengths_are_read_without_a_graph(engine: Generalis
 def test_prompts_that_cannot_be_captured_leave_the_steps_captured(
     engine: GeneralistEngine, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = stepping._read
+    read = Stepper._read
 
-    def looking(model: Any, state: Any, embeddings: Any, positions: Any, mask: Any) -> None:
+    def looking(stepper: Stepper, state: Any, embeddings: Any, positions: Any, mask: Any) -> None:
         if embeddings.data_ptr() == state.prompts.data_ptr():
             raise RuntimeError("operation not permitted when stream is capturing")
-        read(model, state, embeddings, positions, mask)
+        read(stepper, state, embeddings, positions, mask)
 
-    monkeypatch.setattr(stepping, "_read", looking)
+    monkeypatch.setattr(Stepper, "_read", looking)
     stepper = Stepper(engine.model, captures=True)
     with capture_logs() as logs:
         for seed in range(2):

@@ -73,7 +73,8 @@ class Stepper:
         self._record: Recorder | None = None
         if model.device.type == "cuda" if captures is None else captures:
             self._record = Recorder(model.device)
-            self._seen = Graphs(lambda pixels: (model.see(pixels),), model.device, "frames are seen")
+            self._side = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+            self._seen = Graphs(lambda pixels: (self._see(pixels),), model.device, "frames are seen")
             # FlashAttention-2's wrapper looks at the positions of a batch of one.
             most = 0 if _by_transformers(model) else MOST_PROMPTS
             self._prompts = Shapes[tuple[int, int], None](self._record, "prompts are read", most)
@@ -97,6 +98,18 @@ class Stepper:
     def see(self, pixels: Tensor) -> Tensor:
         """`Generalist.see`."""
         return self._model.see(pixels) if self._record is None else self._seen(pixels)[0]
+
+    def _see(self, pixels: Tensor) -> Tensor:
+        """`Generalist.see` with its towers side by side, neither of which fills a GPU."""
+        model, backbone = self._model, self._model.vision_backbone
+        own = torch.cuda.current_stream(model.device)
+        self._side.wait_stream(own)
+        with torch.cuda.stream(self._side):
+            second = backbone.fused_featurizer(pixels[:, 3:])
+        first = backbone.featurizer(pixels[:, :3])
+        own.wait_stream(self._side)
+        images: Tensor = model.projector(torch.cat([first, second], dim=2))
+        return images
 
     def read(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor | None:
         """Takes over a batch: its prompts' keys and values, by `Generalist.read`, and their hidden states [B, T, D].
