@@ -19,7 +19,7 @@ from robodual.specialist.sampler import PARTS, Sampler, fold_cross
 
 WIDE = 16  # columns of a program's product
 DEPTH = 64  # channels that a product takes at a time
-GROUPS = 1  # of them side by side, where a product does nothing else: 1 or 4
+GROUPS = 4  # of them side by side, where a product does nothing else: 1 or 4
 KEYS = 128  # of the context, at a time
 LAUNCH = {"num_warps": 4, "num_stages": 3}
 

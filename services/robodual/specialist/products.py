@@ -10,9 +10,11 @@ from robodual.specialist.kernels import current, gelu_tanh
 
 NONE, EXACT, TANH = 0, 1, 2
 GELUS = {None: NONE, "none": EXACT, "tanh": TANH}
-TILES = ((64, 64), (32, 64), (32, 32))  # rows and columns of a program, largest first
-PROGRAMS = 100  # at least so many, if a tile is small enough, or a GPU's 132 processors are not busy
+Tile = tuple[int, int, int]  # rows and columns of a program, and how many share its depth: 1, or one by each warp
+TILES: tuple[Tile, ...] = ((64, 64, 1), (32, 64, 1), (32, 32, 4))  # largest first
+PROGRAMS = 140  # at least so many, if a tile is small enough, or a GPU's 132 processors are not busy
 DEPTH = 32
+STAGES = {1: 4, 4: 3}  # with as many groups
 
 
 @triton.jit
@@ -30,18 +32,30 @@ def linear_kernel(
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,  # of channels, multiplied side by side, one by each warp, and then summed; 1 is none
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """x weight + bias, its GELU, or plus a residual: one tile, [M / ROWS, N / COLUMNS]."""
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    out = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, K, DEPTH):
-        k = start + tl.arange(0, DEPTH)
-        x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-        w = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
-        out = tl.dot(x, w, out, input_precision=PRECISION)
+    if GROUPS == 1:
+        out = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, K, DEPTH):
+            k = start + tl.arange(0, DEPTH)
+            x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+            w = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
+            out = tl.dot(x, w, out, input_precision=PRECISION)
+    else:
+        parts = tl.zeros((GROUPS, ROWS, COLUMNS), tl.float32)
+        for start in range(0, K, GROUPS * DEPTH):
+            k = start + tl.arange(0, GROUPS)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
+            inside = (m < M)[None, :, None] & (k < K)[:, None, :]
+            x = tl.load(x_ptr + m[None, :, None] * K + k[:, None, :], mask=inside, other=0.0)
+            inside = (n < N)[None, None, :] & (k < K)[:, :, None]
+            w = tl.load(weight_ptr + n[None, None, :] * K + k[:, :, None], mask=inside, other=0.0)
+            parts = tl.dot(x, w, parts, input_precision=PRECISION)
+        out = tl.sum(parts, axis=0)
     if BIAS:
         out += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
     if GELU == 1:
@@ -63,7 +77,7 @@ def linear(
     residual: Tensor | None = None,
     *,
     precision: str = "tf32x3",
-    tile: tuple[int, int] | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """x @ weight.T + bias, then a GELU ("none" is exact, "tanh"), or plus a residual: float32.
 
@@ -74,7 +88,7 @@ def linear(
         gelu: the approximation of a GELU, or None for no GELU
         residual: [..., out], or None
         precision: of the product, "tf32x3" or "ieee"
-        tile: rows and columns of a program, or None for the largest that fills a GPU
+        tile: of a program, or None for the largest that fills a GPU
 
     Returns:
         [..., out].
@@ -82,7 +96,7 @@ def linear(
     columns, depth = weight.shape
     flat, weight = x.reshape(-1, depth).contiguous(), weight.contiguous()
     out = flat.new_empty(len(flat), columns)
-    height, width = tile or choose_tile(len(flat), columns)
+    height, width, groups = tile or choose_tile(len(flat), columns)
     grid = (triton.cdiv(len(flat), height), triton.cdiv(columns, width))
     with current(x.device):
         linear_kernel[grid](
@@ -99,17 +113,18 @@ def linear(
             RESIDUAL=residual is not None,
             ROWS=height,
             COLUMNS=width,
+            GROUPS=groups,
             DEPTH=DEPTH,
             PRECISION=precision,
             num_warps=4,
-            num_stages=4,
+            num_stages=STAGES[groups],
         )
     return out.view(*x.shape[:-1], columns)
 
 
-def choose_tile(rows: int, columns: int) -> tuple[int, int]:
+def choose_tile(rows: int, columns: int) -> Tile:
     """The largest tile of which there are enough to fill a GPU, or else the smallest."""
-    for height, width in TILES:
-        if -(-rows // height) * -(-columns // width) >= PROGRAMS:
-            return height, width
+    for tile in TILES:
+        if -(-rows // tile[0]) * -(-columns // tile[1]) >= PROGRAMS:
+            return tile
     return TILES[-1]
