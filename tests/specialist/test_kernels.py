@@ -20,7 +20,7 @@ from robodual.specialist.policy import Policy
 from robodual.specialist.sampler import Sampler
 
 pytest.importorskip("triton")
-from robodual.specialist import fused, products
+from robodual.specialist import attention, encoder, fused, products
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CLOSE = 1e-5 if DEVICE.type == "cpu" else 1e-4  # of actions in [-1, 1]; three products in TF32 round otherwise
@@ -124,9 +124,18 @@ def test_products() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.inference_mode()
+def test_the_encoders_attention() -> None:
+    generator = torch.Generator().manual_seed(4)
+    for batch, count, heads, channels in ((2, 70, 3, 16), (1, 197, 2, 64), (3, 5, 1, 24)):
+        qkv = torch.randn(batch * count, 3 * heads * channels, generator=generator).to(DEVICE) * 2
+        expected = encoder.attend(qkv, batch, heads)
+        torch.testing.assert_close(attention.attend(qkv, batch, heads), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_tiles_fill_a_gpu() -> None:
     for rows, columns in product((394, 512, 3152), (384, 1152, 1536)):
-        height, width = products.choose_tile(rows, columns)
+        height, width, _ = products.choose_tile(rows, columns)
         assert -(-rows // height) * -(-columns // width) >= products.PROGRAMS
     assert products.choose_tile(3152, 384) == products.TILES[0]
     assert products.choose_tile(70, 48) == products.TILES[-1]

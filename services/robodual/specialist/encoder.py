@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robodual import vit
-from robodual.specialist import depth, vision
+from robodual.specialist import depth, fusing, vision
 from robodual.specialist.packing import Linear
+
+ATTENTION = True  # by Triton's kernel, where products are
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,11 @@ class _Block:
 class Encoder:
     """Computes what `VisionEncoder` or `PlainViT` computes, to rounding.
 
-    The layers are laid out once and do not follow later changes of the module. `triton` allows Triton's products.
+    The layers are laid out once and do not follow later changes of the module. `triton` allows Triton's kernels.
     """
 
     def __init__(self, module: vision.VisionEncoder | depth.PlainViT, triton: bool = True) -> None:
+        self._attend = _choose_attention(module.cls_token, triton)
         self._embed: Callable[[Tensor], Tensor] = module.embed
         if isinstance(module, vision.VisionEncoder):
             self._blocks = [_of_vision(cast(vit.Block, block), triton) for block in module.blocks]
@@ -50,20 +53,31 @@ class Encoder:
         batch, count, width = tokens.shape
         x = tokens.view(-1, width)  # [B * N, D]
         for block in self._blocks:
-            qkv = block.qkv(block.norm1(x)).view(batch, count, 3, self._heads, -1)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, D / heads]
-            mixed = _attend(q, k, v).transpose(1, 2)
-            x = block.out.add(x, mixed.reshape(batch * count, -1))
+            mixed = self._attend(block.qkv(block.norm1(x)), batch, self._heads)  # [B * N, heads * C]
+            x = block.out.add(x, mixed)
             x = block.fc2.add(x, block.fc1(block.norm2(x)))
         out: Tensor = self._norm(x).float().view(batch, count, width)
         return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention [B, heads, N, C]. In bfloat16 a CPU's fused kernel takes twice as long as the two products."""
-    if q.is_cpu and q.dtype == torch.bfloat16:
-        return torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(dim=-1), v)
-    return F.scaled_dot_product_attention(q, k, v)
+def attend(qkv: Tensor, batch: int, heads: int) -> Tensor:
+    """Self-attention of B sequences, [B * N, 3 * heads * C] to [B * N, heads * C]."""
+    split = qkv.view(batch, -1, 3, heads, qkv.shape[-1] // (3 * heads))
+    q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, C]
+    if q.is_cpu and q.dtype == torch.bfloat16:  # a CPU's fused kernel takes twice as long as the two products
+        mixed = torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(dim=-1), v)
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v)
+    return mixed.transpose(1, 2).reshape(len(qkv), -1)
+
+
+def _choose_attention(weight: Tensor, triton: bool) -> Callable[[Tensor, int, int], Tensor]:
+    """Triton's kernel where it is allowed and can run, or else plain operations."""
+    if not triton or not ATTENTION or weight.dtype != torch.float32 or not fusing.can_launch(weight.device):
+        return attend
+    from robodual.specialist import attention  # it imports Triton
+
+    return attention.attend
 
 
 def _of_vision(block: vit.Block, triton: bool) -> _Block:
