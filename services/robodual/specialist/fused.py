@@ -18,10 +18,12 @@ from robodual.specialist.denoiser import Block, Denoiser
 from robodual.specialist.sampler import PARTS, Sampler, fold_cross
 
 WIDE = 16  # columns of a program's product
-DEPTH = 64  # channels that a product takes at a time
-GROUPS = 4  # of them side by side, where a product does nothing else: 1 or 4
-KEYS = 128  # of the context, at a time
-LAUNCH = {"num_warps": 4, "num_stages": 3}
+GROUPS = 8  # of a product's channels side by side, one by each warp
+SLAB = 1024  # most channels at a time, all from before a kernel's wait
+KEYS = 256  # of the context, at a time
+STAGES = 2
+CHAINED = True  # kernels start before those before them end, where the GPU can
+CAPABILITY = (9, 0)  # it can from an H100 on
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,17 @@ class FusedSampler(Sampler):
         final = denoiser.final_layer.linear
         self._final = final.weight.detach().contiguous(), final.bias.detach()
         head = self.width // self.heads
+        device = denoiser.x_embedder.weight.device
+        chained = CHAINED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
         self._shape = {
             "D": self.width,
-            "D_PAD": _power(self.width),
-            "DEPTH": min(DEPTH, _power(self.width)),
+            "D_PAD": max(_power(self.width), 16 * GROUPS),
+            "GROUPS": GROUPS,
             "PRECISION": precision,
-            **LAUNCH,
+            "CHAINED": chained,
+            "num_warps": GROUPS,
+            "num_stages": STAGES,
+            **({"launch_pdl": True} if chained else {}),
         }
         self._head = {"C": head, "C_PAD": _power(head), "SCALE": head**-0.5}
 
@@ -67,7 +74,7 @@ class FusedSampler(Sampler):
         passes = table.shape[1] // batch
         rows = passes * CHUNK
         shape: dict[str, Any] = {"ROWS": rows, **self._shape}
-        outer = {key: shape[key] for key in shape if key != "DEPTH"}
+        outer = {key: shape[key] for key in shape if key != "GROUPS"}
         guidance = (1 - self.guidance_scale, self.guidance_scale) if passes == 2 else (1.0, 0.0)
         keys_values = keys_values.contiguous()
         visible = None if mask is None else mask.contiguous().view(torch.uint8)
@@ -108,24 +115,26 @@ class FusedSampler(Sampler):
         x, u, v, mixed, hidden, out = buffers
         batch, length = keys_values.shape[:2]
         table = {"P": PARTS * len(self._tables) + 2}
-        keys = min(KEYS, max(16, _power(length)))
+        keys = min(KEYS, max(16 * GROUPS, _power(length)))
         attention = {"STRIDE": 2 * self.width * len(self._tables), "KEYS": keys, "END": -(-length // keys) * keys}
         columns = -(-self.width // WIDE)
-        product = {key: shape[key] for key in shape if key != "D_PAD"} | table | {"WIDE": WIDE, "GROUPS": GROUPS}
-        heads, second = (batch, self.heads), parts[:, 3:]
+        product = {key: shape[key] for key in shape if key != "D_PAD"} | table | {"WIDE": WIDE}
+        heads, second, wider = (batch, self.heads), parts[:, 3:], hidden.shape[1]
+        slab, wider_slab = (min(SLAB, max(_power(size), 16 * GROUPS)) for size in (self.width, wider))
 
         kernels.self_attention[heads](x, parts, *block.qkv, block.cos, block.sin, mixed, **shape, **self._head, **table)
-        kernels.gated_product[batch, columns](mixed, *block.self_out, parts[:, 2:], x, u, K=self.width, **product)
+        kernels.gated_product[batch, columns](
+            mixed, *block.self_out, parts[:, 2:], x, u, K=self.width, SLAB=slab, **product
+        )
         kernels.cross_attention[heads](
             u, *block.norm, *block.query, keys_values, u if mask is None else mask, mixed, length,
             MASKED=mask is not None, **shape, **self._head, **attention,
         )  # fmt: skip
-        kernels.normed_product[batch, columns](
-            mixed, block.cross_out, u, *block.norm, v, WIDE=WIDE, GROUPS=GROUPS, **shape
-        )
-        wider = hidden.shape[1]
+        kernels.normed_product[batch, columns](mixed, block.cross_out, u, *block.norm, v, WIDE=WIDE, **shape)
         kernels.expand[batch, -(-wider // WIDE)](v, second, *block.fc1, hidden, N=wider, WIDE=WIDE, **shape, **table)
-        kernels.gated_product[batch, columns](hidden, *block.fc2, parts[:, 5:], v, out, K=wider, **product)
+        kernels.gated_product[batch, columns](
+            hidden, *block.fc2, parts[:, 5:], v, out, K=wider, SLAB=wider_slab, **product
+        )
 
 
 def _tables(block: Block) -> _Tables:

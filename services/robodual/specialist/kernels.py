@@ -1,11 +1,14 @@
-"""Triton kernels: the denoiser's block in six, the ends of a denoising step in one, and the encoders' products.
+"""Triton kernels: the denoiser's block in six, and the ends of a denoising step in one.
 
 Only what runs them imports this module, and only where Triton is installed (`fusing.can_launch`).
 
 All tensors are float32 and contiguous. B requests, G passes, D the width, C a head's channels, P parts of a modulation
-table. A program of the denoiser works on one request: its G * 8 rows (`ROWS`), padded to the 16 that a product takes.
-No kernel writes what another program of the same launch reads. Sizes that a model fixes are constants, so that loops
-have constant bounds; PAD are sizes rounded up to powers of two.
+table. A program works on one request: its G * 8 rows (`ROWS`), padded to the 16 that a product takes. GROUPS of a
+product's channels are multiplied side by side, one by each warp, and then summed. No kernel writes what another program
+of the same launch reads. Sizes that a model fixes are constants; PAD are sizes rounded up to powers of two.
+
+Where launches are CHAINED, a kernel starts while the one before still runs, and reads meanwhile what was there before
+both: weights, modulations, the context. All that the loop itself writes is read after `_wait`, and written after it.
 """
 
 from __future__ import annotations
@@ -15,11 +18,20 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 TILE = tl.constexpr(16)  # rows of a program
 CHUNK = tl.constexpr(8)  # actions in a chunk
 ACTION = tl.constexpr(7)
 HIDDEN = tl.constexpr(-1e30)  # the score of what must not be seen: finite, so that no difference of two is NaN
+
+
+@triton.jit
+def _wait(CHAINED: tl.constexpr):
+    """Waits until the kernel before has ended. Only then may the next one start: when it does, all older ones have."""
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -31,35 +43,6 @@ def _rows(ROWS: tl.constexpr):
 
 
 @triton.jit
-def _moments(x_ptr, rows, real, EPS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Mean and inverse deviation [16, 1] of rows of x [B * G * 8, D]."""
-    column = tl.arange(0, D_PAD)[None, :]
-    inside = real[:, None] & (column < D)
-    x = tl.load(x_ptr + rows[:, None] * D + column, mask=inside, other=0.0)
-    mean = tl.sum(x, axis=1) / D
-    apart = tl.where(inside, x - mean[:, None], 0.0)
-    variance = tl.sum(apart * apart, axis=1) / D
-    return mean[:, None], tl.rsqrt(variance + EPS)[:, None]
-
-
-@triton.jit
-def _modulated(x_ptr, parts_ptr, rows, passes, real, mean, inverse, k, D: tl.constexpr, P: tl.constexpr):
-    """Channels k of rows of x, normed, scaled and shifted by parts [B * G, P, D]: [16, len(k)], zero in padding."""
-    inside = real[:, None] & (k < D)[None, :]
-    at = passes[:, None] * (P * D) + k[None, :]
-    x = tl.load(x_ptr + rows[:, None] * D + k[None, :], mask=inside, other=0.0)
-    shift = tl.load(parts_ptr + at, mask=inside, other=0.0)
-    scale = tl.load(parts_ptr + D + at, mask=inside, other=0.0)
-    return (x - mean) * inverse * scale + shift
-
-
-@triton.jit
-def _weight(weight_ptr, n, k, N: tl.constexpr, K: tl.constexpr):
-    """Rows n and columns k of a weight [N, K], transposed: [len(k), len(n)]."""
-    return tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
-
-
-@triton.jit
 def _channels(D: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr):
     """Of this program's head: numbers of its channels in all D, or D where they are padding, and which are not."""
     channel = tl.arange(0, C_PAD)
@@ -67,6 +50,43 @@ def _channels(D: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr):
     if C != C_PAD:
         n = tl.where(channel < C, n, D)
     return n, channel < C
+
+
+@triton.jit
+def _depth(START: tl.constexpr, PAD: tl.constexpr, GROUPS: tl.constexpr):
+    """Numbers of PAD channels from START on, in groups: [GROUPS, PAD / GROUPS]."""
+    each: tl.constexpr = PAD // GROUPS
+    return START + tl.arange(0, GROUPS)[:, None] * each + tl.arange(0, each)[None, :]
+
+
+@triton.jit
+def _read(x_ptr, rows, real, k, STRIDE: tl.constexpr, K: tl.constexpr):
+    """Channels k [GROUPS, n] of K of rows that are STRIDE apart, zero in padding: [GROUPS, 16, n]."""
+    inside = real[None, :, None] & (k < K)[:, None, :]
+    return tl.load(x_ptr + rows[None, :, None] * STRIDE + k[:, None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _weight(weight_ptr, n, k, N: tl.constexpr, K: tl.constexpr):
+    """Rows n and columns k [GROUPS, m] of a weight [N, K], transposed: [GROUPS, m, len(n)]."""
+    inside = (n < N)[None, None, :] & (k < K)[:, :, None]
+    return tl.load(weight_ptr + n[None, None, :] * K + k[:, :, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def _normed(x, real, k, EPS: tl.constexpr, D: tl.constexpr):
+    """Rows x [GROUPS, 16, n], normed, and their means and inverse deviations [16]; in padding, anything finite."""
+    mean = tl.sum(tl.sum(x, axis=2), axis=0) / D
+    apart = x - mean[None, :, None]
+    counted = tl.where(real[None, :, None] & (k < D)[:, None, :], apart, 0.0)
+    inverse = tl.rsqrt(tl.sum(tl.sum(counted * counted, axis=2), axis=0) / D + EPS)
+    return apart * inverse[None, :, None], mean, inverse
+
+
+@triton.jit
+def _dot(x, weight, PRECISION: tl.constexpr):
+    """[GROUPS, 16, k] times [GROUPS, k, n], all groups summed: [16, n]."""
+    return tl.sum(tl.dot(x, weight, input_precision=PRECISION), axis=0)
 
 
 @triton.jit
@@ -92,34 +112,36 @@ def self_attention(
     C_PAD: tl.constexpr,
     P: tl.constexpr,
     SCALE: tl.constexpr,
-    DEPTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Norm, modulation, projections, rotation and attention within each pass: one head of one request, [B, heads]."""
     rows, passes, real = _rows(ROWS)
-    mean, inverse = _moments(x_ptr, rows, real, 1e-6, D, D_PAD)
     n, here = _channels(D, C, C_PAD)
-    q = tl.zeros((TILE, C_PAD), tl.float32)
-    key = tl.zeros((TILE, C_PAD), tl.float32)
-    value = tl.zeros((TILE, C_PAD), tl.float32)
-    for start in range(0, D, DEPTH):
-        k = start + tl.arange(0, DEPTH)
-        h = _modulated(x_ptr, parts_ptr, rows, passes, real, mean, inverse, k, D, P)
-        q = tl.dot(h, _weight(weight_ptr, n, k, D, D), q, input_precision=PRECISION)
-        key = tl.dot(h, _weight(weight_ptr + D * D, n, k, D, D), key, input_precision=PRECISION)
-        value = tl.dot(h, _weight(weight_ptr + 2 * D * D, n, k, D, D), value, input_precision=PRECISION)
-    q += tl.load(bias_ptr + n, mask=here, other=0.0)[None, :]
-    key += tl.load(bias_ptr + D + n, mask=here, other=0.0)[None, :]
-    value += tl.load(bias_ptr + 2 * D + n, mask=here, other=0.0)[None, :]
-
+    k = _depth(0, D_PAD, GROUPS)
+    q_weight = _weight(weight_ptr, n, k, D, D)
+    key_weight = _weight(weight_ptr + D * D, n, k, D, D)
+    value_weight = _weight(weight_ptr + 2 * D * D, n, k, D, D)
+    q_bias = tl.load(bias_ptr + n, mask=here, other=0.0)[None, :]
+    key_bias = tl.load(bias_ptr + D + n, mask=here, other=0.0)[None, :]
+    value_bias = tl.load(bias_ptr + 2 * D + n, mask=here, other=0.0)[None, :]
     row = tl.arange(0, TILE)
     pair = tl.arange(0, C_PAD // 2)[None, :]
     at = (row % CHUNK)[:, None] * (C // 2) + pair
     cos = tl.load(cos_ptr + at, mask=pair < C // 2, other=0.0)
     sin = tl.load(sin_ptr + at, mask=pair < C // 2, other=0.0)
+    shift = _read(parts_ptr, passes, real, k, P * D, D)
+    scale = _read(parts_ptr + D, passes, real, k, P * D, D)
+
+    _wait(CHAINED)
+    h, _, _ = _normed(_read(x_ptr, rows, real, k, D, D), real, k, 1e-6, D)
+    h = h * scale + shift
+    q = _dot(h, q_weight, PRECISION) + q_bias
+    key = _dot(h, key_weight, PRECISION) + key_bias
+    value = _dot(h, value_weight, PRECISION) + value_bias
     q = _rotated(q * SCALE, cos, sin, C_PAD)
     key = _rotated(key, cos, sin, C_PAD)
-
     scores = tl.dot(q, tl.trans(key), input_precision=PRECISION)
     together = (row // CHUNK)[:, None] == (row // CHUNK)[None, :]
     scores = tl.where(together, scores, HIDDEN)
@@ -127,6 +149,32 @@ def self_attention(
     weights = weights / tl.sum(weights, axis=1)[:, None]
     mixed = tl.dot(weights, value, input_precision=PRECISION)
     tl.store(out_ptr + rows[:, None] * D + n[None, :], mixed, mask=real[:, None] & here[None, :])
+
+
+@triton.jit
+def _context(context_ptr, mask_ptr, length, s, n, here, D: tl.constexpr, STRIDE: tl.constexpr, MASKED: tl.constexpr):
+    """Of places s [GROUPS, n] of a request's context: keys [GROUPS, C, n], values [GROUPS, n, C], and which are seen."""
+    present = s < length
+    at = (tl.program_id(0) * length + s) * STRIDE
+    inside = present[:, None, :] & here[None, :, None]
+    keys = tl.load(context_ptr + at[:, None, :] + n[None, :, None], mask=inside, other=0.0)
+    inside = present[:, :, None] & here[None, None, :]
+    values = tl.load(context_ptr + D + at[:, :, None] + n[None, None, :], mask=inside, other=0.0)
+    seen = present
+    if MASKED:
+        seen = tl.load(mask_ptr + tl.program_id(0) * length + s, mask=present, other=0) != 0
+    return keys, values, seen
+
+
+@triton.jit
+def _look(q, keys, values, seen, most, total, mixed, PRECISION: tl.constexpr):
+    """Adds what queries [GROUPS, 16, C] see to what they saw: the most and the sum of the weights, and the mixture."""
+    scores = tl.where(seen[:, None, :], tl.dot(q, keys, input_precision=PRECISION), HIDDEN)
+    highest = tl.maximum(most, tl.max(scores, axis=2))
+    weights = tl.exp(scores - highest[:, :, None])
+    fade = tl.exp(most - highest)
+    mixed = tl.dot(weights, values, mixed * fade[:, :, None], input_precision=PRECISION)
+    return highest, total * fade + tl.sum(weights, axis=2), mixed
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -150,71 +198,35 @@ def cross_attention(
     MASKED: tl.constexpr,
     KEYS: tl.constexpr,  # at a time
     END: tl.constexpr,  # S, rounded up to KEYS
-    DEPTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Norm, queries, and attention of a request's passes to its context: one head of one request, [B, heads]."""
-    request = tl.program_id(0)
     rows, _, real = _rows(ROWS)
-    mean, inverse = _moments(x_ptr, rows, real, 1e-5, D, D_PAD)
     n, here = _channels(D, C, C_PAD)
-    q = tl.zeros((TILE, C_PAD), tl.float32)
-    for start in range(0, D, DEPTH):
-        k = start + tl.arange(0, DEPTH)
-        inside = real[:, None] & (k < D)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * D + k[None, :], mask=inside, other=0.0)
-        scale = tl.load(norm_weight_ptr + k, mask=k < D, other=0.0)[None, :]
-        shift = tl.load(norm_bias_ptr + k, mask=k < D, other=0.0)[None, :]
-        h = (x - mean) * inverse * scale + shift
-        q = tl.dot(h, _weight(weight_ptr, n, k, D, D), q, input_precision=PRECISION)
-    q = (q + tl.load(bias_ptr + n, mask=here, other=0.0)[None, :]) * SCALE
+    k = _depth(0, D_PAD, GROUPS)
+    weight = _weight(weight_ptr, n, k, D, D)
+    bias = tl.load(bias_ptr + n, mask=here, other=0.0)[None, :]
+    scale = tl.load(norm_weight_ptr + k, mask=k < D, other=0.0)[:, None, :]
+    shift = tl.load(norm_bias_ptr + k, mask=k < D, other=0.0)[:, None, :]
+    s = _depth(0, KEYS, GROUPS)
+    keys, values, seen = _context(context_ptr, mask_ptr, length, s, n, here, D, STRIDE, MASKED)
 
-    most = tl.full((TILE,), HIDDEN, tl.float32)
-    total = tl.zeros((TILE,), tl.float32)
-    mixed = tl.zeros((TILE, C_PAD), tl.float32)
-    for start in range(0, END, KEYS):
-        s = start + tl.arange(0, KEYS)
-        present = s < length
-        at = (request * length + s) * STRIDE
-        keys = tl.load(context_ptr + at[None, :] + n[:, None], mask=present[None, :] & here[:, None], other=0.0)
-        values = tl.load(context_ptr + D + at[:, None] + n[None, :], mask=present[:, None] & here[None, :], other=0.0)
-        seen = present
-        if MASKED:
-            seen = tl.load(mask_ptr + request * length + s, mask=present, other=0) != 0
-        scores = tl.where(seen[None, :], tl.dot(q, keys, input_precision=PRECISION), HIDDEN)
-        highest = tl.maximum(most, tl.max(scores, axis=1))
-        weights = tl.exp(scores - highest[:, None])
-        fade = tl.exp(most - highest)
-        total = total * fade + tl.sum(weights, axis=1)
-        mixed = tl.dot(weights, values, mixed * fade[:, None], input_precision=PRECISION)
-        most = highest
-    tl.store(out_ptr + rows[:, None] * D + n[None, :], mixed / total[:, None], mask=real[:, None] & here[None, :])
-
-
-@triton.jit
-def _product(x_ptr, weight_ptr, rows, real, n, N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
-             DEPTH: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Rows of x [B * G * 8, K] times rows n of a weight [N, K]: [16, WIDE].
-
-    GROUPS of channels are multiplied side by side, at best one by each warp, and then summed.
-    """
-    if GROUPS == 1:
-        out = tl.zeros((TILE, WIDE), tl.float32)
-        for start in range(0, K, DEPTH):
-            k = start + tl.arange(0, DEPTH)
-            x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=real[:, None] & (k < K)[None, :], other=0.0)
-            out = tl.dot(x, _weight(weight_ptr, n, k, N, K), out, input_precision=PRECISION)
-        return out
-    else:
-        parts = tl.zeros((GROUPS, TILE, WIDE), tl.float32)
-        for start in range(0, K, GROUPS * DEPTH):
-            k = start + tl.arange(0, GROUPS)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
-            inside = real[None, :, None] & (k < K)[:, None, :]
-            x = tl.load(x_ptr + rows[None, :, None] * K + k[:, None, :], mask=inside, other=0.0)
-            inside = (n < N)[None, None, :] & (k < K)[:, :, None]
-            weight = tl.load(weight_ptr + n[None, None, :] * K + k[:, :, None], mask=inside, other=0.0)
-            parts = tl.dot(x, weight, parts, input_precision=PRECISION)
-        return tl.sum(parts, axis=0)
+    _wait(CHAINED)
+    h, _, _ = _normed(_read(x_ptr, rows, real, k, D, D), real, k, 1e-5, D)
+    q = (_dot(h * scale + shift, weight, PRECISION) + bias) * SCALE
+    q = tl.broadcast_to(q[None, :, :], (GROUPS, TILE, C_PAD))
+    most = tl.full((GROUPS, TILE), HIDDEN, tl.float32)
+    total = tl.zeros((GROUPS, TILE), tl.float32)
+    mixed = tl.zeros((GROUPS, TILE, C_PAD), tl.float32)
+    most, total, mixed = _look(q, keys, values, seen, most, total, mixed, PRECISION)
+    for start in range(KEYS, END, KEYS):
+        keys, values, seen = _context(context_ptr, mask_ptr, length, start + s, n, here, D, STRIDE, MASKED)
+        most, total, mixed = _look(q, keys, values, seen, most, total, mixed, PRECISION)
+    fade = tl.exp(most - tl.max(most, axis=0)[None, :])
+    mixed = tl.sum(mixed * fade[:, :, None], axis=0) / tl.sum(total * fade, axis=0)[:, None]
+    tl.store(out_ptr + rows[:, None] * D + n[None, :], mixed, mask=real[:, None] & here[None, :])
 
 
 @triton.jit
@@ -228,21 +240,30 @@ def gated_product(
     ROWS: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
+    SLAB: tl.constexpr,  # channels of K at a time, the first of them before the wait
     P: tl.constexpr,
     WIDE: tl.constexpr,
-    DEPTH: tl.constexpr,
     GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """residual + gate * (x weight + bias): WIDE columns of one request, [B, D / WIDE]."""
     rows, passes, real = _rows(ROWS)
     n = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     inside = real[:, None] & (n < D)[None, :]
-    out = _product(x_ptr, weight_ptr, rows, real, n, D, K, WIDE, DEPTH, GROUPS, PRECISION)
-    out += tl.load(bias_ptr + n, mask=n < D, other=0.0)[None, :]
+    k = _depth(0, SLAB, GROUPS)
+    weight = _weight(weight_ptr, n, k, D, K)
+    bias = tl.load(bias_ptr + n, mask=n < D, other=0.0)[None, :]
     gate = tl.load(gate_ptr + passes[:, None] * (P * D) + n[None, :], mask=inside, other=0.0)
     at = rows[:, None] * D + n[None, :]
-    tl.store(out_ptr + at, tl.load(residual_ptr + at, mask=inside, other=0.0) + gate * out, mask=inside)
+
+    _wait(CHAINED)
+    residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
+    out = tl.dot(_read(x_ptr, rows, real, k, K, K), weight, input_precision=PRECISION)
+    for start in range(SLAB, K, SLAB):
+        x = _read(x_ptr, rows, real, start + k, K, K)
+        out = tl.dot(x, _weight(weight_ptr, n, start + k, D, K), out, input_precision=PRECISION)
+    tl.store(out_ptr + at, residual + gate * (tl.sum(out, axis=0) + bias), mask=inside)
 
 
 @triton.jit
@@ -257,20 +278,25 @@ def normed_product(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     WIDE: tl.constexpr,
-    DEPTH: tl.constexpr,
     GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """norm(residual) + x weight: WIDE columns of one request, [B, D / WIDE]."""
     rows, _, real = _rows(ROWS)
-    mean, inverse = _moments(residual_ptr, rows, real, 1e-5, D, D_PAD)
     n = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    inside = real[:, None] & (n < D)[None, :]
-    out = _product(x_ptr, weight_ptr, rows, real, n, D, D, WIDE, DEPTH, GROUPS, PRECISION)
+    k = _depth(0, D_PAD, GROUPS)
+    weight = _weight(weight_ptr, n, k, D, D)
     scale = tl.load(norm_weight_ptr + n, mask=n < D, other=0.0)[None, :]
     shift = tl.load(norm_bias_ptr + n, mask=n < D, other=0.0)[None, :]
     at = rows[:, None] * D + n[None, :]
-    out += (tl.load(residual_ptr + at, mask=inside, other=0.0) - mean) * inverse * scale + shift
+    inside = real[:, None] & (n < D)[None, :]
+
+    _wait(CHAINED)
+    x = _read(x_ptr, rows, real, k, D, D)
+    residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
+    _, mean, inverse = _normed(_read(residual_ptr, rows, real, k, D, D), real, k, 1e-5, D)
+    out = _dot(x, weight, PRECISION) + (residual - mean[:, None]) * inverse[:, None] * scale + shift
     tl.store(out_ptr + at, out, mask=inside)
 
 
@@ -287,20 +313,23 @@ def expand(
     N: tl.constexpr,
     P: tl.constexpr,
     WIDE: tl.constexpr,
-    DEPTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Norm, modulation, the MLP's first product and its GELU (tanh): WIDE columns of one request, [B, N / WIDE]."""
     rows, passes, real = _rows(ROWS)
-    mean, inverse = _moments(x_ptr, rows, real, 1e-6, D, D_PAD)
     n = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    out = tl.zeros((TILE, WIDE), tl.float32)
-    for start in range(0, D, DEPTH):
-        k = start + tl.arange(0, DEPTH)
-        h = _modulated(x_ptr, parts_ptr, rows, passes, real, mean, inverse, k, D, P)
-        out = tl.dot(h, _weight(weight_ptr, n, k, N, D), out, input_precision=PRECISION)
-    out += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
-    tl.store(out_ptr + rows[:, None] * N + n[None, :], gelu_tanh(out), mask=real[:, None] & (n < N)[None, :])
+    k = _depth(0, D_PAD, GROUPS)
+    weight = _weight(weight_ptr, n, k, N, D)
+    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
+    shift = _read(parts_ptr, passes, real, k, P * D, D)
+    scale = _read(parts_ptr + D, passes, real, k, P * D, D)
+
+    _wait(CHAINED)
+    h, _, _ = _normed(_read(x_ptr, rows, real, k, D, D), real, k, 1e-6, D)
+    out = gelu_tanh(_dot(h * scale + shift, weight, PRECISION) + bias)
+    tl.store(out_ptr + rows[:, None] * N + n[None, :], out, mask=real[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -310,16 +339,14 @@ def gelu_tanh(x):
 
 
 @triton.jit
-def _embed(x, weight_ptr, base_ptr, out_ptr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
-    """Actions [16, 16] of a request, the same for each pass, embedded by a weight [D, 7], plus the base [B, 8, D]."""
-    rows, _, real = _rows(ROWS)
-    n = tl.arange(0, D_PAD)
-    out = tl.dot(x, _weight(weight_ptr, n, tl.arange(0, TILE), D, ACTION), input_precision=PRECISION)
+def _embedding(weight_ptr, base_ptr, n, real, D: tl.constexpr):
+    """What embeds actions: of a weight [D, 7], [16, len(n)], and of the base [B, 8, D], the same for each pass."""
+    c = tl.arange(0, TILE)
+    inside = (c < ACTION)[:, None] & (n < D)[None, :]
+    weight = tl.load(weight_ptr + n[None, :] * ACTION + c[:, None], mask=inside, other=0.0)
+    place = tl.program_id(0) * CHUNK + c % CHUNK
     inside = real[:, None] & (n < D)[None, :]
-    place = tl.program_id(0) * CHUNK + tl.arange(0, TILE) % CHUNK
-    out += tl.load(base_ptr + place[:, None] * D + n[None, :], mask=inside, other=0.0)
-    tl.store(out_ptr + rows[:, None] * D + n[None, :], out, mask=inside)
+    return weight, tl.load(base_ptr + place[:, None] * D + n[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -332,12 +359,18 @@ def begin(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """The first sample, embedded: one request, [B]."""
+    """The first sample, embedded: one request, [B]. It waits first of all, for what made the loop's inputs."""
+    _wait(CHAINED)
+    rows, _, real = _rows(ROWS)
+    n = tl.arange(0, D_PAD)
+    weight, base = _embedding(weight_ptr, base_ptr, n, real, D)
     place = tl.program_id(0) * CHUNK + tl.arange(0, TILE) % CHUNK
     c = tl.arange(0, TILE)[None, :]
     x = tl.load(sample_ptr + place[:, None] * ACTION + c, mask=(c < ACTION) & (place >= 0)[:, None], other=0.0)
-    _embed(x, weight_ptr, base_ptr, out_ptr, ROWS, D, D_PAD, PRECISION)
+    out = tl.dot(x, weight, input_precision=PRECISION) + base
+    tl.store(out_ptr + rows[:, None] * D + n[None, :], out, mask=real[:, None] & (n < D)[None, :])
 
 
 @triton.jit
@@ -361,19 +394,24 @@ def finish(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     P: tl.constexpr,
-    DEPTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """The final layer, guidance, the DDIM step, and the next sample and its embedding: one request, [B]."""
     rows, passes, real = _rows(ROWS)
-    mean, inverse = _moments(x_ptr, rows, real, 1e-6, D, D_PAD)
     row = tl.arange(0, TILE)
-    eps = tl.zeros((TILE, TILE), tl.float32)
-    for start in range(0, D, DEPTH):
-        k = start + tl.arange(0, DEPTH)
-        h = _modulated(x_ptr, parts_ptr, rows, passes, real, mean, inverse, k, D, P)
-        eps = tl.dot(h, _weight(weight_ptr, row, k, ACTION, D), eps, input_precision=PRECISION)
-    eps += tl.load(bias_ptr + row, mask=row < ACTION, other=0.0)[None, :]
+    k = _depth(0, D_PAD, GROUPS)
+    weight = _weight(weight_ptr, row, k, ACTION, D)
+    bias = tl.load(bias_ptr + row, mask=row < ACTION, other=0.0)[None, :]
+    shift = _read(parts_ptr, passes, real, k, P * D, D)
+    scale = _read(parts_ptr + D, passes, real, k, P * D, D)
+    n = tl.arange(0, D_PAD)
+    embed_weight, base = _embedding(embed_weight_ptr, base_ptr, n, real, D)
+
+    _wait(CHAINED)
+    h, _, _ = _normed(_read(x_ptr, rows, real, k, D, D), real, k, 1e-6, D)
+    eps = _dot(h * scale + shift, weight, PRECISION) + bias
     eps = eps * tl.where(row < CHUNK, first, second)[:, None]
     eps = tl.sum(tl.reshape(eps, (2, CHUNK, TILE)), axis=0)
 
@@ -385,7 +423,8 @@ def finish(
     x = clean * next_signal + eps * next_noise
     tl.store(next_ptr + at, x, mask=inside)
     both = tl.reshape(tl.broadcast_to(x[None, :, :], (2, CHUNK, TILE)), (TILE, TILE))
-    _embed(both, embed_weight_ptr, base_ptr, embedded_ptr, ROWS, D, D_PAD, PRECISION)
+    out = tl.dot(both, embed_weight, input_precision=PRECISION) + base
+    tl.store(embedded_ptr + rows[:, None] * D + n[None, :], out, mask=real[:, None] & (n < D)[None, :])
 
 
 def current(device: torch.device) -> AbstractContextManager[None]:
