@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robodual.specialist.kernels import current
+from robodual.specialist.tiles import current
 
 QUERIES = 32  # of a program
 KEYS = 64  # at a time

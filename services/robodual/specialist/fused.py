@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robodual.specialist import kernels
+from robodual.specialist import ends, kernels
 from robodual.specialist.config import ACTION, CHUNK, SpecialistConfig
 from robodual.specialist.denoiser import Block, Denoiser
 from robodual.specialist.sampler import PARTS, Sampler, fold_cross
+from robodual.specialist.tiles import current
 
 WIDE = 16  # columns of a program's product
 GROUPS = 8  # of a product's channels side by side, one by each warp
@@ -83,8 +84,8 @@ class FusedSampler(Sampler):
         sample = noise.contiguous()
         embedded, h, u, v, mixed = (noise.new_empty(batch * rows, width) for _ in range(5))
         hidden = noise.new_empty(batch * rows, len(self._tables[0].fc1[1]))
-        with kernels.current(noise.device):
-            kernels.begin[(batch,)](sample, self._actions, base, embedded, **outer)
+        with current(noise.device):
+            ends.begin[(batch,)](sample, self._actions, base, embedded, **outer)
             for step, parts in zip(self.steps, table.unbind(0)):
                 for index, block in enumerate(self._tables):
                     x = h if index else embedded
@@ -92,7 +93,7 @@ class FusedSampler(Sampler):
                     self._run(block, parts[:, PARTS * index :], own, visible, shape, (x, u, v, mixed, hidden, h))
                 following = torch.empty_like(sample)
                 coefficients = step.inverse_signal, step.noise_ratio, step.next_signal, step.next_noise
-                kernels.finish[(batch,)](
+                ends.finish[(batch,)](
                     h, parts[:, -2:], *self._final, sample, following, self._actions, base, embedded,
                     *guidance, *coefficients, P=table.shape[2], **shape,
                 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Triton kernels: the denoiser's block in six, and the ends of a denoising step in one.
+"""Triton kernels: the denoiser's block in six; `ends.py` has the ends of a denoising step in one.
 
 Only what runs them imports this module, and only where Triton is installed (`fusing.can_launch`).
 
@@ -8,85 +8,28 @@ product's channels are multiplied side by side, one by each warp, and then summe
 of the same launch reads. Sizes that a model fixes are constants; PAD are sizes rounded up to powers of two.
 
 Where launches are CHAINED, a kernel starts while the one before still runs, and reads meanwhile what was there before
-both: weights, modulations, the context. All that the loop itself writes is read after `_wait`, and written after it.
+both: weights, modulations, the context. All that the loop itself writes is read after `wait`, and written after it.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-TILE = tl.constexpr(16)  # rows of a program
-CHUNK = tl.constexpr(8)  # actions in a chunk
-ACTION = tl.constexpr(7)
-HIDDEN = tl.constexpr(-1e30)  # the score of what must not be seen: finite, so that no difference of two is NaN
-
-
-@triton.jit
-def _wait(CHAINED: tl.constexpr):
-    """Waits until the kernel before has ended. Only then may the next one start: when it does, all older ones have."""
-    if CHAINED:
-        gdc_wait()
-        gdc_launch_dependents()
-
-
-@triton.jit
-def _rows(ROWS: tl.constexpr):
-    """Of this program's request: numbers of its rows, and of their passes, in all rows; which rows are no padding."""
-    row = tl.arange(0, TILE)
-    request = tl.program_id(0)
-    return request * ROWS + row, request * (ROWS // CHUNK) + row // CHUNK, row < ROWS
-
-
-@triton.jit
-def _channels(D: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr):
-    """Of this program's head: numbers of its channels in all D, or D where they are padding, and which are not."""
-    channel = tl.arange(0, C_PAD)
-    n = tl.program_id(1) * C + channel
-    if C != C_PAD:
-        n = tl.where(channel < C, n, D)
-    return n, channel < C
-
-
-@triton.jit
-def _depth(START: tl.constexpr, PAD: tl.constexpr, GROUPS: tl.constexpr):
-    """Numbers of PAD channels from START on, in groups: [GROUPS, PAD / GROUPS]."""
-    each: tl.constexpr = PAD // GROUPS
-    return START + tl.arange(0, GROUPS)[:, None] * each + tl.arange(0, each)[None, :]
-
-
-@triton.jit
-def _read(x_ptr, rows, real, k, STRIDE: tl.constexpr, K: tl.constexpr):
-    """Channels k [GROUPS, n] of K of rows that are STRIDE apart, zero in padding: [GROUPS, 16, n]."""
-    inside = real[None, :, None] & (k < K)[:, None, :]
-    return tl.load(x_ptr + rows[None, :, None] * STRIDE + k[:, None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _weight(weight_ptr, n, k, N: tl.constexpr, K: tl.constexpr):
-    """Rows n and columns k [GROUPS, m] of a weight [N, K], transposed: [GROUPS, m, len(n)]."""
-    inside = (n < N)[None, None, :] & (k < K)[:, :, None]
-    return tl.load(weight_ptr + n[None, None, :] * K + k[:, :, None], mask=inside, other=0.0)
-
-
-@triton.jit
-def _normed(x, real, k, EPS: tl.constexpr, D: tl.constexpr):
-    """Rows x [GROUPS, 16, n], normed, and their means and inverse deviations [16]; in padding, anything finite."""
-    mean = tl.sum(tl.sum(x, axis=2), axis=0) / D
-    apart = x - mean[None, :, None]
-    counted = tl.where(real[None, :, None] & (k < D)[:, None, :], apart, 0.0)
-    inverse = tl.rsqrt(tl.sum(tl.sum(counted * counted, axis=2), axis=0) / D + EPS)
-    return apart * inverse[None, :, None], mean, inverse
-
-
-@triton.jit
-def _dot(x, weight, PRECISION: tl.constexpr):
-    """[GROUPS, 16, k] times [GROUPS, k, n], all groups summed: [16, n]."""
-    return tl.sum(tl.dot(x, weight, input_precision=PRECISION), axis=0)
+from robodual.specialist.tiles import (
+    CHUNK,
+    HIDDEN,
+    TILE,
+    channels_of_head,
+    gelu_tanh,
+    grouped,
+    normed,
+    read,
+    read_weight,
+    rows_of_request,
+    summed_dot,
+    wait,
+)
 
 
 @triton.jit
@@ -117,12 +60,12 @@ def self_attention(
     CHAINED: tl.constexpr,
 ):
     """Norm, modulation, projections, rotation and attention within each pass: one head of one request, [B, heads]."""
-    rows, passes, real = _rows(ROWS)
-    n, here = _channels(D, C, C_PAD)
-    k = _depth(0, D_PAD, GROUPS)
-    q_weight = _weight(weight_ptr, n, k, D, D)
-    key_weight = _weight(weight_ptr + D * D, n, k, D, D)
-    value_weight = _weight(weight_ptr + 2 * D * D, n, k, D, D)
+    rows, passes, real = rows_of_request(ROWS)
+    n, here = channels_of_head(D, C, C_PAD)
+    k = grouped(0, D_PAD, GROUPS)
+    q_weight = read_weight(weight_ptr, n, k, D, D)
+    key_weight = read_weight(weight_ptr + D * D, n, k, D, D)
+    value_weight = read_weight(weight_ptr + 2 * D * D, n, k, D, D)
     q_bias = tl.load(bias_ptr + n, mask=here, other=0.0)[None, :]
     key_bias = tl.load(bias_ptr + D + n, mask=here, other=0.0)[None, :]
     value_bias = tl.load(bias_ptr + 2 * D + n, mask=here, other=0.0)[None, :]
@@ -131,15 +74,15 @@ def self_attention(
     at = (row % CHUNK)[:, None] * (C // 2) + pair
     cos = tl.load(cos_ptr + at, mask=pair < C // 2, other=0.0)
     sin = tl.load(sin_ptr + at, mask=pair < C // 2, other=0.0)
-    shift = _read(parts_ptr, passes, real, k, P * D, D)
-    scale = _read(parts_ptr + D, passes, real, k, P * D, D)
+    shift = read(parts_ptr, passes, real, k, P * D, D)
+    scale = read(parts_ptr + D, passes, real, k, P * D, D)
 
-    _wait(CHAINED)
-    h, _, _ = _normed(_read(x_ptr, rows, real, k, D, D), real, k, 1e-6, D)
+    wait(CHAINED)
+    h, _, _ = normed(read(x_ptr, rows, real, k, D, D), real, k, 1e-6, D)
     h = h * scale + shift
-    q = _dot(h, q_weight, PRECISION) + q_bias
-    key = _dot(h, key_weight, PRECISION) + key_bias
-    value = _dot(h, value_weight, PRECISION) + value_bias
+    q = summed_dot(h, q_weight, PRECISION) + q_bias
+    key = summed_dot(h, key_weight, PRECISION) + key_bias
+    value = summed_dot(h, value_weight, PRECISION) + value_bias
     q = _rotated(q * SCALE, cos, sin, C_PAD)
     key = _rotated(key, cos, sin, C_PAD)
     scores = tl.dot(q, tl.trans(key), input_precision=PRECISION)
@@ -153,7 +96,7 @@ def self_attention(
 
 @triton.jit
 def _context(context_ptr, mask_ptr, length, s, n, here, D: tl.constexpr, STRIDE: tl.constexpr, MASKED: tl.constexpr):
-    """Of places s [GROUPS, n] of a request's context: keys [GROUPS, C, n], values [GROUPS, n, C], and which are seen."""
+    """Of places s [GROUPS, n] of the context: keys [GROUPS, C, n], values [GROUPS, n, C], and which are seen."""
     present = s < length
     at = (tl.program_id(0) * length + s) * STRIDE
     inside = present[:, None, :] & here[None, :, None]
@@ -203,19 +146,19 @@ def cross_attention(
     CHAINED: tl.constexpr,
 ):
     """Norm, queries, and attention of a request's passes to its context: one head of one request, [B, heads]."""
-    rows, _, real = _rows(ROWS)
-    n, here = _channels(D, C, C_PAD)
-    k = _depth(0, D_PAD, GROUPS)
-    weight = _weight(weight_ptr, n, k, D, D)
+    rows, _, real = rows_of_request(ROWS)
+    n, here = channels_of_head(D, C, C_PAD)
+    k = grouped(0, D_PAD, GROUPS)
+    weight = read_weight(weight_ptr, n, k, D, D)
     bias = tl.load(bias_ptr + n, mask=here, other=0.0)[None, :]
     scale = tl.load(norm_weight_ptr + k, mask=k < D, other=0.0)[:, None, :]
     shift = tl.load(norm_bias_ptr + k, mask=k < D, other=0.0)[:, None, :]
-    s = _depth(0, KEYS, GROUPS)
+    s = grouped(0, KEYS, GROUPS)
     keys, values, seen = _context(context_ptr, mask_ptr, length, s, n, here, D, STRIDE, MASKED)
 
-    _wait(CHAINED)
-    h, _, _ = _normed(_read(x_ptr, rows, real, k, D, D), real, k, 1e-5, D)
-    q = (_dot(h * scale + shift, weight, PRECISION) + bias) * SCALE
+    wait(CHAINED)
+    h, _, _ = normed(read(x_ptr, rows, real, k, D, D), real, k, 1e-5, D)
+    q = (summed_dot(h * scale + shift, weight, PRECISION) + bias) * SCALE
     q = tl.broadcast_to(q[None, :, :], (GROUPS, TILE, C_PAD))
     most = tl.full((GROUPS, TILE), HIDDEN, tl.float32)
     total = tl.zeros((GROUPS, TILE), tl.float32)
@@ -248,21 +191,21 @@ def gated_product(
     CHAINED: tl.constexpr,
 ):
     """residual + gate * (x weight + bias): WIDE columns of one request, [B, D / WIDE]."""
-    rows, passes, real = _rows(ROWS)
+    rows, passes, real = rows_of_request(ROWS)
     n = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     inside = real[:, None] & (n < D)[None, :]
-    k = _depth(0, SLAB, GROUPS)
-    weight = _weight(weight_ptr, n, k, D, K)
+    k = grouped(0, SLAB, GROUPS)
+    weight = read_weight(weight_ptr, n, k, D, K)
     bias = tl.load(bias_ptr + n, mask=n < D, other=0.0)[None, :]
     gate = tl.load(gate_ptr + passes[:, None] * (P * D) + n[None, :], mask=inside, other=0.0)
     at = rows[:, None] * D + n[None, :]
 
-    _wait(CHAINED)
+    wait(CHAINED)
     residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
-    out = tl.dot(_read(x_ptr, rows, real, k, K, K), weight, input_precision=PRECISION)
+    out = tl.dot(read(x_ptr, rows, real, k, K, K), weight, input_precision=PRECISION)
     for start in range(SLAB, K, SLAB):
-        x = _read(x_ptr, rows, real, start + k, K, K)
-        out = tl.dot(x, _weight(weight_ptr, n, start + k, D, K), out, input_precision=PRECISION)
+        x = read(x_ptr, rows, real, start + k, K, K)
+        out = tl.dot(x, read_weight(weight_ptr, n, start + k, D, K), out, input_precision=PRECISION)
     tl.store(out_ptr + at, residual + gate * (tl.sum(out, axis=0) + bias), mask=inside)
 
 
@@ -283,20 +226,20 @@ def normed_product(
     CHAINED: tl.constexpr,
 ):
     """norm(residual) + x weight: WIDE columns of one request, [B, D / WIDE]."""
-    rows, _, real = _rows(ROWS)
+    rows, _, real = rows_of_request(ROWS)
     n = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    k = _depth(0, D_PAD, GROUPS)
-    weight = _weight(weight_ptr, n, k, D, D)
+    k = grouped(0, D_PAD, GROUPS)
+    weight = read_weight(weight_ptr, n, k, D, D)
     scale = tl.load(norm_weight_ptr + n, mask=n < D, other=0.0)[None, :]
     shift = tl.load(norm_bias_ptr + n, mask=n < D, other=0.0)[None, :]
     at = rows[:, None] * D + n[None, :]
     inside = real[:, None] & (n < D)[None, :]
 
-    _wait(CHAINED)
-    x = _read(x_ptr, rows, real, k, D, D)
+    wait(CHAINED)
+    x = read(x_ptr, rows, real, k, D, D)
     residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
-    _, mean, inverse = _normed(_read(residual_ptr, rows, real, k, D, D), real, k, 1e-5, D)
-    out = _dot(x, weight, PRECISION) + (residual - mean[:, None]) * inverse[:, None] * scale + shift
+    _, mean, inverse = normed(read(residual_ptr, rows, real, k, D, D), real, k, 1e-5, D)
+    out = summed_dot(x, weight, PRECISION) + (residual - mean[:, None]) * inverse[:, None] * scale + shift
     tl.store(out_ptr + at, out, mask=inside)
 
 
@@ -318,115 +261,15 @@ def expand(
     CHAINED: tl.constexpr,
 ):
     """Norm, modulation, the MLP's first product and its GELU (tanh): WIDE columns of one request, [B, N / WIDE]."""
-    rows, passes, real = _rows(ROWS)
+    rows, passes, real = rows_of_request(ROWS)
     n = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    k = _depth(0, D_PAD, GROUPS)
-    weight = _weight(weight_ptr, n, k, N, D)
+    k = grouped(0, D_PAD, GROUPS)
+    weight = read_weight(weight_ptr, n, k, N, D)
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
-    shift = _read(parts_ptr, passes, real, k, P * D, D)
-    scale = _read(parts_ptr + D, passes, real, k, P * D, D)
+    shift = read(parts_ptr, passes, real, k, P * D, D)
+    scale = read(parts_ptr + D, passes, real, k, P * D, D)
 
-    _wait(CHAINED)
-    h, _, _ = _normed(_read(x_ptr, rows, real, k, D, D), real, k, 1e-6, D)
-    out = gelu_tanh(_dot(h * scale + shift, weight, PRECISION) + bias)
+    wait(CHAINED)
+    h, _, _ = normed(read(x_ptr, rows, real, k, D, D), real, k, 1e-6, D)
+    out = gelu_tanh(summed_dot(h * scale + shift, weight, PRECISION) + bias)
     tl.store(out_ptr + rows[:, None] * N + n[None, :], out, mask=real[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def gelu_tanh(x):
-    # (1 + tanh(y)) / 2 is the logistic function of 2 y.
-    return x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-
-
-@triton.jit
-def _embedding(weight_ptr, base_ptr, n, real, D: tl.constexpr):
-    """What embeds actions: of a weight [D, 7], [16, len(n)], and of the base [B, 8, D], the same for each pass."""
-    c = tl.arange(0, TILE)
-    inside = (c < ACTION)[:, None] & (n < D)[None, :]
-    weight = tl.load(weight_ptr + n[None, :] * ACTION + c[:, None], mask=inside, other=0.0)
-    place = tl.program_id(0) * CHUNK + c % CHUNK
-    inside = real[:, None] & (n < D)[None, :]
-    return weight, tl.load(base_ptr + place[:, None] * D + n[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def begin(
-    sample_ptr,  # [B, 8, 7]
-    weight_ptr,  # [D, 7]
-    base_ptr,  # [B, 8, D]
-    out_ptr,  # [B * G * 8, D]
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    """The first sample, embedded: one request, [B]. It waits first of all, for what made the loop's inputs."""
-    _wait(CHAINED)
-    rows, _, real = _rows(ROWS)
-    n = tl.arange(0, D_PAD)
-    weight, base = _embedding(weight_ptr, base_ptr, n, real, D)
-    place = tl.program_id(0) * CHUNK + tl.arange(0, TILE) % CHUNK
-    c = tl.arange(0, TILE)[None, :]
-    x = tl.load(sample_ptr + place[:, None] * ACTION + c, mask=(c < ACTION) & (place >= 0)[:, None], other=0.0)
-    out = tl.dot(x, weight, input_precision=PRECISION) + base
-    tl.store(out_ptr + rows[:, None] * D + n[None, :], out, mask=real[:, None] & (n < D)[None, :])
-
-
-@triton.jit
-def finish(
-    x_ptr,  # [B * G * 8, D]
-    parts_ptr,  # [B * G, P, D], of which shift and scale are the first two
-    weight_ptr,  # [7, D]
-    bias_ptr,  # [7]
-    sample_ptr,  # [B, 8, 7]
-    next_ptr,  # [B, 8, 7]
-    embed_weight_ptr,  # [D, 7]
-    base_ptr,  # [B, 8, D]
-    embedded_ptr,  # [B * G * 8, D]
-    first,  # weight of the first pass's noise
-    second,  # and of the second's
-    inverse_signal,
-    noise_ratio,
-    next_signal,
-    next_noise,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    P: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    """The final layer, guidance, the DDIM step, and the next sample and its embedding: one request, [B]."""
-    rows, passes, real = _rows(ROWS)
-    row = tl.arange(0, TILE)
-    k = _depth(0, D_PAD, GROUPS)
-    weight = _weight(weight_ptr, row, k, ACTION, D)
-    bias = tl.load(bias_ptr + row, mask=row < ACTION, other=0.0)[None, :]
-    shift = _read(parts_ptr, passes, real, k, P * D, D)
-    scale = _read(parts_ptr + D, passes, real, k, P * D, D)
-    n = tl.arange(0, D_PAD)
-    embed_weight, base = _embedding(embed_weight_ptr, base_ptr, n, real, D)
-
-    _wait(CHAINED)
-    h, _, _ = _normed(_read(x_ptr, rows, real, k, D, D), real, k, 1e-6, D)
-    eps = _dot(h * scale + shift, weight, PRECISION) + bias
-    eps = eps * tl.where(row < CHUNK, first, second)[:, None]
-    eps = tl.sum(tl.reshape(eps, (2, CHUNK, TILE)), axis=0)
-
-    i, c = tl.arange(0, CHUNK)[:, None], tl.arange(0, TILE)[None, :]
-    at = (tl.program_id(0) * CHUNK + i) * ACTION + c
-    inside = (i < CHUNK) & (c < ACTION)
-    x = tl.load(sample_ptr + at, mask=inside, other=0.0)
-    clean = tl.minimum(tl.maximum(x * inverse_signal - eps * noise_ratio, -1.0), 1.0)
-    x = clean * next_signal + eps * next_noise
-    tl.store(next_ptr + at, x, mask=inside)
-    both = tl.reshape(tl.broadcast_to(x[None, :, :], (2, CHUNK, TILE)), (TILE, TILE))
-    out = tl.dot(both, embed_weight, input_precision=PRECISION) + base
-    tl.store(embedded_ptr + rows[:, None] * D + n[None, :], out, mask=real[:, None] & (n < D)[None, :])
-
-
-def current(device: torch.device) -> AbstractContextManager[None]:
-    """Makes a GPU the current one, on which Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
