@@ -133,6 +133,23 @@ def test_the_encoders_attention() -> None:
         torch.testing.assert_close(attention.attend(qkv, batch, heads), expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.inference_mode()
+def test_an_encoder_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusing, "can_launch", lambda device: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # whose packed layers come first
+    policy = lively(replace(CONFIGS["toy"], with_tactile=True))
+    for module, channels, size in (
+        (policy.vision_encoder, 3, policy.config.image_size),
+        (policy.depth_encoder, 1, policy.config.image_size),
+        (policy.tactile_encoder, 6, policy.config.tactile_size),
+    ):
+        assert module is not None
+        images = torch.randn(5, channels, size, size, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+        found = encoder.Encoder(module)
+        torch.testing.assert_close(found(images), module(images), rtol=1e-5, atol=2e-5)
+        assert found._attend is attention.attend
+
+
 def test_tiles_fill_a_gpu() -> None:
     for rows, columns in product((394, 512, 3152), (384, 1152, 1536)):
         height, width, _ = products.choose_tile(rows, columns)

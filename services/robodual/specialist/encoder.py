@@ -15,6 +15,7 @@ from robodual.specialist import depth, fusing, vision
 from robodual.specialist.packing import Linear
 
 ATTENTION = True  # by Triton's kernel, where products are
+PATCHES = True  # and their embedding too, in place of a convolution
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Encoder:
 
     def __init__(self, module: vision.VisionEncoder | depth.PlainViT, triton: bool = True) -> None:
         self._attend = _choose_attention(module.cls_token, triton)
-        self._embed: Callable[[Tensor], Tensor] = module.embed
+        self._embed = _choose_embedding(module, triton)
         if isinstance(module, vision.VisionEncoder):
             self._blocks = [_of_vision(cast(vit.Block, block), triton) for block in module.blocks]
             self._heads = cast(vit.Block, module.blocks[0]).attn.heads
@@ -73,11 +74,39 @@ def attend(qkv: Tensor, batch: int, heads: int) -> Tensor:
 
 def _choose_attention(weight: Tensor, triton: bool) -> Callable[[Tensor, int, int], Tensor]:
     """Triton's kernel where it is allowed and can run, or else plain operations."""
-    if not triton or not ATTENTION or weight.dtype != torch.float32 or not fusing.can_launch(weight.device):
+    if not ATTENTION or not _can_launch(weight, triton):
         return attend
     from robodual.specialist import attention  # it imports Triton
 
     return attention.attend
+
+
+def _choose_embedding(module: vision.VisionEncoder | depth.PlainViT, triton: bool) -> Callable[[Tensor], Tensor]:
+    """What makes of images [B, C, S, S] the blocks' input [B, N, D]: as a product where Triton's can run."""
+    if not PATCHES or not _can_launch(module.cls_token, triton):
+        return cast(Callable[[Tensor], Tensor], module.embed)
+    layers: tuple[Callable[[Tensor], Tensor], ...]
+    if isinstance(module, vision.VisionEncoder):
+        convolution, places = module.patch_embed.proj, module.pos_embed
+        weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)  # the channel fastest, as patches have it
+        layers = (depth.Patches(convolution.kernel_size[0]), Linear(weight, convolution.bias, triton=triton))
+    else:
+        cut, norm1, project, norm2 = module.to_patch_embedding
+        layers = (cut, norm1, Linear.of(cast(nn.Linear, project), triton=triton), norm2)
+        places = module.pos_embedding
+    first = module.cls_token.detach()
+
+    def embed(images: Tensor) -> Tensor:
+        x = images
+        for layer in layers:
+            x = layer(x)
+        return torch.cat((first.expand(len(x), -1, -1), x), dim=1) + places
+
+    return embed
+
+
+def _can_launch(weight: Tensor, triton: bool) -> bool:
+    return triton and weight.dtype == torch.float32 and fusing.can_launch(weight.device)
 
 
 def _of_vision(block: vit.Block, triton: bool) -> _Block:
