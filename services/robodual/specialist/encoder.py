@@ -20,11 +20,9 @@ PATCHES = True  # and their embedding too, in place of a convolution
 
 @dataclass(frozen=True)
 class _Block:
-    norm1: nn.LayerNorm
-    qkv: Linear
+    qkv: Linear  # with the norm before it
     out: Linear
-    norm2: nn.LayerNorm
-    fc1: Linear  # with its GELU
+    fc1: Linear  # with the norm before it, and its GELU
     fc2: Linear
 
 
@@ -54,9 +52,9 @@ class Encoder:
         batch, count, width = tokens.shape
         x = tokens.view(-1, width)  # [B * N, D]
         for block in self._blocks:
-            mixed = self._attend(block.qkv(block.norm1(x)), batch, self._heads)  # [B * N, heads * C]
+            mixed = self._attend(block.qkv(x), batch, self._heads)  # [B * N, heads * C]
             x = block.out.add(x, mixed)
-            x = block.fc2.add(x, block.fc1(block.norm2(x)))
+            x = block.fc2.add(x, block.fc1(x))
         out: Tensor = self._norm(x).float().view(batch, count, width)
         return out
 
@@ -111,11 +109,9 @@ def _can_launch(weight: Tensor, triton: bool) -> bool:
 
 def _of_vision(block: vit.Block, triton: bool) -> _Block:
     return _Block(
-        norm1=block.norm1,
-        qkv=Linear.of(block.attn.qkv, triton=triton),
+        qkv=Linear.of(block.attn.qkv, triton=triton, norm=block.norm1),
         out=Linear.of(block.attn.proj, triton=triton),
-        norm2=block.norm2,
-        fc1=Linear.of(block.mlp.fc1, gelu="none", triton=triton),
+        fc1=Linear.of(block.mlp.fc1, gelu="none", triton=triton, norm=block.norm2),
         fc2=Linear.of(block.mlp.fc2, triton=triton),
     )
 
@@ -123,10 +119,8 @@ def _of_vision(block: vit.Block, triton: bool) -> _Block:
 def _of_depth(attention: depth.Attention, feed_forward: depth.FeedForward, triton: bool) -> _Block:
     norm2, fc1, _, _, fc2 = feed_forward.net
     return _Block(
-        norm1=attention.norm,
-        qkv=Linear.of(attention.to_qkv, triton=triton),
+        qkv=Linear.of(attention.to_qkv, triton=triton, norm=attention.norm),
         out=Linear.of(cast(nn.Linear, attention.to_out[0]), triton=triton),
-        norm2=cast(nn.LayerNorm, norm2),
-        fc1=Linear.of(cast(nn.Linear, fc1), gelu="none", triton=triton),
+        fc1=Linear.of(cast(nn.Linear, fc1), gelu="none", triton=triton, norm=cast(nn.LayerNorm, norm2)),
         fc2=Linear.of(cast(nn.Linear, fc2), triton=triton),
     )

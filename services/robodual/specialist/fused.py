@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from robodual.specialist import ends, kernels
 from robodual.specialist.config import ACTION, CHUNK, SpecialistConfig
 from robodual.specialist.denoiser import Block, Denoiser
+from robodual.specialist.fusing import can_chain
 from robodual.specialist.sampler import PARTS, Sampler, fold_cross
 from robodual.specialist.tiles import current
 
@@ -24,7 +25,6 @@ SLAB = 1024  # most channels at a time, all from before a kernel's wait
 KEYS = 256  # of the context, at a time
 STAGES = 2
 CHAINED = True  # kernels start before those before them end, where the GPU can
-CAPABILITY = (9, 0)  # it can from an H100 on
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class FusedSampler(Sampler):
         final = denoiser.final_layer.linear
         self._final = final.weight.detach().contiguous(), final.bias.detach()
         head = self.width // self.heads
-        device = denoiser.x_embedder.weight.device
-        chained = CHAINED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+        chained = CHAINED and can_chain(self._actions.device)
         self._shape = {
             "D": self.width,
             "D_PAD": max(_power(self.width), 16 * GROUPS),
