@@ -6,7 +6,8 @@ and values for all blocks, and nothing of the previous frame, whose latents are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,6 +22,8 @@ from robodual.specialist.encoder import Encoder
 from robodual.specialist.latents import ColourLatents, MapLatents
 from robodual.specialist.policy import Policy, needed
 from robodual.specialist.sampler import Sampler
+
+BESIDE = True  # on a GPU: maps and touch beside the frames, neither of which fills it
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -62,6 +65,9 @@ class Step:
         self._proprio = model.proprio_embedder
         self._context = model.context_adapter
         self._sampler = choose_sampler(model, policy.config, fuse)
+        device = model.x_embedder.weight.device
+        # What is made on it is used after it was waited for, and it waits before it makes more.
+        self._side = torch.cuda.Stream(device) if BESIDE and device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The generalist's hidden states [L, context width] to keys and values [L, blocks * 2 * D] and mean [D]."""
@@ -75,18 +81,16 @@ class Step:
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Actions, float32 [B, 8, 7], and the static frames' latents as the next step needs them, [B, latents, D]."""
         count = len(inputs.noise)
+        with self._beside():
+            depth, gripper_depth, touch = self._felt(inputs)
         seen = self._see(inputs.pixels)  # [B or 2 B, N, vision width]
         current, following = self._colour(seen[:count]).unbind(1)
-        parts = [current, torch.where(inputs.first, following, inputs.previous)]
-        if self._feel is not None and self._depth is not None:
-            felt = self._feel(needed(inputs.maps, "depth_static"))
-            parts.append(self._depth(felt[:count]))
-            if self._gripper_colour is not None and self._gripper_depth is not None:
-                parts.append(self._gripper_colour(seen[count:])[:, 0])
-                parts.append(self._gripper_depth(felt[count:]))
-        if self._touch is not None and self._tactile is not None:
-            parts.append(self._tactile(self._touch(needed(inputs.tactile, "rgb_tactile"))))
-        sensors = self._sampler.keys_values(torch.cat(parts, dim=1))
+        gripper = None if self._gripper_colour is None else self._gripper_colour(seen[count:])[:, 0]
+        if self._side is not None:
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+        previous = torch.where(inputs.first, following, inputs.previous)
+        parts = (current, previous, depth, gripper, gripper_depth, touch)
+        sensors = self._sampler.keys_values(torch.cat([part for part in parts if part is not None], dim=1))
         mask = None if inputs.mask is None else F.pad(inputs.mask, (sensors.shape[1], 0), value=True)
         chunks = self._sampler(
             inputs.noise,
@@ -96,6 +100,28 @@ class Step:
             mask,
         )
         return chunks, following
+
+    def _felt(self, inputs: Inputs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The latents [B, latents, D] of the static map, the gripper's map and the touch; None where there are none."""
+        count = len(inputs.noise)
+        depth = gripper_depth = touch = None
+        if self._feel is not None and self._depth is not None:
+            felt = self._feel(needed(inputs.maps, "depth_static"))
+            depth = self._depth(felt[:count])
+            gripper_depth = None if self._gripper_depth is None else self._gripper_depth(felt[count:])
+        if self._touch is not None and self._tactile is not None:
+            touch = self._tactile(self._touch(needed(inputs.tactile, "rgb_tactile")))
+        return depth, gripper_depth, touch
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Has a GPU do what is in it beside what comes after it."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        with torch.cuda.stream(self._side):
+            yield
 
 
 def choose_sampler(model: Denoiser, config: SpecialistConfig, fuse: bool = True) -> Sampler:
