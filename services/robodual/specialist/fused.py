@@ -16,7 +16,7 @@ from robodual.specialist import ends, kernels
 from robodual.specialist.config import ACTION, CHUNK, SpecialistConfig
 from robodual.specialist.denoiser import Block, Denoiser
 from robodual.specialist.fusing import can_chain
-from robodual.specialist.sampler import PARTS, Sampler, fold_cross
+from robodual.specialist.sampler import PARTS, Prepared, Sampler, fold_cross
 from robodual.specialist.tiles import current
 
 WIDE = 16  # columns of a program's product
@@ -65,12 +65,10 @@ class FusedSampler(Sampler):
         }
         self._head = {"C": head, "C_PAD": _power(head), "SCALE": head**-0.5}
 
-    def __call__(
-        self, noise: Tensor, reference: Tensor, conditioning: Tensor, keys_values: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
+    def denoise(self, noise: Tensor, prepared: Prepared, keys_values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Denoises; arguments and result are those of `Sampler`."""
         batch, width = len(noise), self.width
-        table = self.modulations(conditioning).contiguous()  # [T, B * G, P, D]
+        table = prepared.modulation.contiguous()  # [T, B * G, P, D]
         passes = table.shape[1] // batch
         rows = passes * CHUNK
         shape: dict[str, Any] = {"ROWS": rows, **self._shape}
@@ -78,7 +76,7 @@ class FusedSampler(Sampler):
         guidance = (1 - self.guidance_scale, self.guidance_scale) if passes == 2 else (1.0, 0.0)
         keys_values = keys_values.contiguous()
         visible = None if mask is None else mask.contiguous().view(torch.uint8)
-        base = self.embed_reference(reference).contiguous()  # [B, 8, D]
+        base = prepared.base.contiguous()  # [B, 8, D]
 
         sample = noise.contiguous()
         embedded, h, u, v, mixed = (noise.new_empty(batch * rows, width) for _ in range(5))

@@ -17,7 +17,7 @@ Tensor names: B requests, G passes (2 with guidance), D the width, S the context
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ class BlockTables:
     cross_out: Linear
     fc1: Linear  # with its GELU
     fc2: Linear
+
+
+class Prepared(NamedTuple):
+    modulation: Tensor  # [T, B * G, parts, D], of all steps
+    base: Tensor  # [B, 8, D], the reference actions, embedded
 
 
 class Sampler:
@@ -93,14 +98,22 @@ class Sampler:
         Returns:
             Actions, float32 [B, 8, 7].
         """
+        return self.denoise(noise, self.prepare(reference, conditioning), keys_values, mask)
+
+    def prepare(self, reference: Tensor, conditioning: Tensor) -> Prepared:
+        """What denoising takes of all that is not the context."""
+        return Prepared(self.modulations(conditioning), self.embed_reference(reference))
+
+    def denoise(self, noise: Tensor, prepared: Prepared, keys_values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Denoises; the other arguments and the result are those of a call."""
         batch, width, heads = len(noise), self.width, self.heads
-        modulation = self.modulations(conditioning).unsqueeze(3)  # [T, B * G, parts, 1, D]
+        modulation = prepared.modulation.unsqueeze(3)  # [T, B * G, parts, 1, D]
         passes = modulation.shape[1] // batch
         split = keys_values.view(batch, -1, len(self.blocks), 2, heads, width // heads)
         context = split.permute(2, 3, 0, 4, 1, 5).contiguous()  # [blocks, 2, B, heads, S, D / heads]
         pairs = [pair.unbind(0) for pair in context.unbind(0)]  # keys and values [B, heads, S, D / heads] of each block
         visible = None if mask is None else mask[:, None, None]  # [B, 1, 1, S]
-        base = self.embed_reference(reference)  # [B, 8, D]
+        base = prepared.base
 
         x = noise
         for step, table in zip(self.steps, modulation.unbind(0)):

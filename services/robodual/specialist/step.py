@@ -81,24 +81,20 @@ class Step:
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Actions, float32 [B, 8, 7], and the static frames' latents as the next step needs them, [B, latents, D]."""
         count = len(inputs.noise)
-        with self._beside():
+        with self._beside(inputs.noise.device):
             depth, gripper_depth, touch = self._felt(inputs)
+            prepared = self._sampler.prepare(inputs.reference, self._proprio(inputs.proprio) + inputs.mean)
         seen = self._see(inputs.pixels)  # [B or 2 B, N, vision width]
         current, following = self._colour(seen[:count]).unbind(1)
         gripper = None if self._gripper_colour is None else self._gripper_colour(seen[count:])[:, 0]
         if self._side is not None:
-            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+            torch.cuda.current_stream(inputs.noise.device).wait_stream(self._side)
         previous = torch.where(inputs.first, following, inputs.previous)
         parts = (current, previous, depth, gripper, gripper_depth, touch)
         sensors = self._sampler.keys_values(torch.cat([part for part in parts if part is not None], dim=1))
         mask = None if inputs.mask is None else F.pad(inputs.mask, (sensors.shape[1], 0), value=True)
-        chunks = self._sampler(
-            inputs.noise,
-            inputs.reference,
-            self._proprio(inputs.proprio) + inputs.mean,
-            torch.cat((sensors, inputs.keys_values), dim=1),
-            mask,
-        )
+        context = torch.cat((sensors, inputs.keys_values), dim=1)
+        chunks = self._sampler.denoise(inputs.noise, prepared, context, mask)
         return chunks, following
 
     def _felt(self, inputs: Inputs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -114,12 +110,12 @@ class Step:
         return depth, gripper_depth, touch
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
+    def _beside(self, device: torch.device) -> Iterator[None]:
         """Has a GPU do what is in it beside what comes after it."""
         if self._side is None:
             yield
             return
-        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        self._side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._side):
             yield
 
