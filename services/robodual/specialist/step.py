@@ -67,7 +67,9 @@ class Step:
         self._sampler = choose_sampler(model, policy.config, fuse)
         device = model.x_embedder.weight.device
         # What is made on it is used after it was waited for, and it waits before it makes more.
-        self._side = torch.cuda.Stream(device) if BESIDE and device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._side: torch.cuda.Stream | None = None
+        if BESIDE and device.type == "cuda":
+            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The generalist's hidden states [L, context width] to keys and values [L, blocks * 2 * D] and mean [D]."""
