@@ -26,13 +26,10 @@ NARROW = 16  # rows up to which all stages fit
 TOKENS = 64  # of a prompt that a program rotates
 GATES = 1024  # that a program computes
 WHOLE = 128  # what every size must be a multiple of
-LINE = 128  # bytes of a line of the second-level cache
 
-# What an H200 is fastest with: columns of a program, depth at once, stages, warps.
-TILES = {"qkv": (32, 128, 4, 4), "out": (32, 256, 6, 4), "gate_up": (32, 128, 4, 4), "down": (32, 256, 6, 4)}
+# What an H200 was fastest with: columns of a program, depth at once, stages, warps.
+TILES = {"qkv": (32, 128, 4, 4), "out": (32, 256, 4, 4), "gate_up": (64, 128, 3, 4), "down": (32, 256, 4, 4)}
 ATTENTION = (64, 3, 4)  # slots at once, stages, warps
-AHEAD = 96  # programs that bring the output's weight near while others attend
-
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -168,7 +165,7 @@ class FusedLayers:
         after = [*(layer.norm1 for layer in self._layers[1:]), self._layers[0].norm1]  # the last is not read
         for layer, following, own_keys, own_values in zip(self._layers, after, keys, values):
             self._linear("qkv", stream.normed, layer.qkv, qkv, squares=stream.squares)
-            self._attend(qkv, own_keys, own_values, cos, sin, slots, padding, mixed, count, layer.out.weight)
+            self._attend(qkv, own_keys, own_values, cos, sin, slots, padding, mixed, count)
             stream = self._add("out", mixed, layer.out, stream.x, layer.norm2)
             self._linear("gate_up", stream.normed, layer.gate_up, hidden, squares=stream.squares, gated=True)
             stream = self._add("down", hidden, layer.down, stream.x, following)
@@ -290,14 +287,12 @@ class FusedLayers:
         padding: Tensor,
         out: Tensor,
         count: int,
-        ahead: Tensor,
     ) -> None:
         from robodual.generalist import kernels
 
         batch, groups, length, width = keys.shape
         part, stages, warps = ATTENTION
-        bytes_each = ahead.element_size()
-        kernels.attention[(batch * groups + (AHEAD if ahead.is_cuda else 0),)](
+        kernels.attention[(batch * groups,)](
             qkv,
             keys,
             values,
@@ -306,16 +301,12 @@ class FusedLayers:
             slots,
             padding,
             out,
-            ahead,
             width**-0.5,
             HEADS=self._heads,
             GROUPS=groups,
             WIDTH=width,
             SLOTS=length,
             COUNT=count,
-            PROGRAMS=batch * groups,
-            LINES=ahead.numel() * bytes_each // LINE,
-            LINE=LINE // bytes_each,
             QUERIES=_power(count * (self._heads // groups)),
             NEW=_power(count),
             PART=part,

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+HIDDEN = tl.constexpr(-1e30)  # the score of what must not be seen: finite, so that no difference of two is NaN
+
 
 @triton.jit
 def linear(
@@ -148,40 +150,21 @@ def gate(
 
 
 @triton.jit
-def _bring(pointer, number, programs, LINES: tl.constexpr, LINE: tl.constexpr):
-    """Has this program's share of the lines brought to the second-level cache, without waiting for them."""
-    for start in range(number * 1024, LINES, programs * 1024):
-        lines = tl.minimum(start + tl.arange(0, 1024), LINES - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [pointer + lines.to(tl.int64) * LINE],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def attention(
     qkv,  # [R, (H + 2 K) * W]
-    keys,  # [B, K, M, W], to which it writes the new ones; their slots and those beyond are not read
+    keys,  # [B, K, M, W], to which it writes the new ones; what is beyond them is not read
     values,  # the same
     cos,  # [R, W / 2]
     sin,  # [R, W / 2]
-    slots,  # int64 [R], of the new tokens; a sequence's first is its smallest
+    slots,  # int64 [R], of the new tokens; a sequence's last is its largest
     padding,  # int64 [B], slots in front that do not count
     out,  # [R, H * W]
-    ahead,  # a weight that is read next
     scale,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
     COUNT: tl.constexpr,  # new tokens of a sequence
-    PROGRAMS: tl.constexpr,  # sequences times key-value heads; those beyond bring `ahead` near
-    LINES: tl.constexpr,  # of `ahead`, in all
-    LINE: tl.constexpr,  # its values in a line
     QUERIES: tl.constexpr,  # at least COUNT times the heads of a group
     NEW: tl.constexpr,  # at least COUNT
     PART: tl.constexpr,  # slots at once
@@ -189,12 +172,9 @@ def attention(
 ):
     """Of one sequence and key-value head a program: rotates queries and keys, keeps keys and values, attends.
 
-    That takes few of a GPU's processors and little of its memory's bandwidth: with more programs, the others bring the
-    next kernel's weight to the second-level cache meanwhile.
+    New keys and values are read back from their slots with the old ones, in the same parts and order whichever token is
+    the first: so that a token's bits do not depend on how many were fed with it.
     """
-    if tl.program_id(0) >= PROGRAMS:
-        _bring(ahead, tl.program_id(0) - PROGRAMS, tl.num_programs(0) - PROGRAMS, LINES, LINE)
-        return
     sequence, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
     half: tl.constexpr = WIDTH // 2
     stride: tl.constexpr = (HEADS + 2 * GROUPS) * WIDTH
@@ -232,29 +212,26 @@ def attention(
     tl.store(target + half, kept2, mask=there[:, None])
     tl.store(values + cache + slot[:, None] * WIDTH + channel[None, :], v, mask=there[:, None])
 
-    scores = tl.dot(turned1, kept1.T, input_precision="ieee")
-    scores = tl.dot(turned2, kept2.T, scores, input_precision="ieee") * scale
-    scores = tl.where(there[None, :] & (slot[None, :] <= place[:, None]), scores, float("-inf"))
-    most = tl.max(scores, axis=1)
-    shares = tl.exp(scores - most[:, None])
-    sums = tl.sum(shares, axis=1)
-    mixed = tl.dot(shares.to(kind), v, input_precision="ieee")
+    tl.debug_barrier()
 
-    first, in_front = tl.load(slots + sequence * COUNT), tl.load(padding + sequence)
+    most = tl.full((QUERIES,), HIDDEN, tl.float32)
+    sums = tl.zeros((QUERIES,), tl.float32)
+    mixed = tl.zeros((QUERIES, WIDTH), tl.float32)
+    last, in_front = tl.load(slots + sequence * COUNT + COUNT - 1), tl.load(padding + sequence)
     for start in tl.range(0, SLOTS, PART, num_stages=STAGES):
-        old = start + tl.arange(0, PART)
-        seen = (old < first) & (old >= in_front)
-        near = keys + cache + old[:, None] * WIDTH + low[None, :]
-        old1 = tl.load(near, mask=seen[:, None], other=0.0)
-        old2 = tl.load(near + half, mask=seen[:, None], other=0.0)
-        old_v = tl.load(values + cache + old[:, None] * WIDTH + channel[None, :], mask=seen[:, None], other=0.0)
-        old_scores = tl.dot(turned1, old1.T, input_precision="ieee")
-        old_scores = tl.dot(turned2, old2.T, old_scores, input_precision="ieee") * scale
-        old_scores = tl.where(seen[None, :], old_scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(old_scores, axis=1))
-        old_shares, fading = tl.exp(old_scores - higher[:, None]), tl.exp(most - higher)
-        sums = sums * fading + tl.sum(old_shares, axis=1)
-        mixed = tl.dot(old_shares.to(kind), old_v, mixed * fading[:, None], input_precision="ieee")
+        here = start + tl.arange(0, PART)
+        filled = (here <= last) & (here >= in_front)
+        near = keys + cache + here[:, None] * WIDTH + low[None, :]
+        part1 = tl.load(near, mask=filled[:, None], other=0.0)
+        part2 = tl.load(near + half, mask=filled[:, None], other=0.0)
+        part_v = tl.load(values + cache + here[:, None] * WIDTH + channel[None, :], mask=filled[:, None], other=0.0)
+        scores = tl.dot(turned1, part1.T, input_precision="ieee")
+        scores = tl.dot(turned2, part2.T, scores, input_precision="ieee") * scale
+        scores = tl.where(filled[None, :] & (here[None, :] <= place[:, None]), scores, HIDDEN)
+        higher = tl.maximum(most, tl.max(scores, axis=1))
+        shares, fading = tl.exp(scores - higher[:, None]), tl.exp(most - higher)
+        sums = sums * fading + tl.sum(shares, axis=1)
+        mixed = tl.dot(shares.to(kind), part_v, mixed * fading[:, None], input_precision="ieee")
         most = higher
     mixed = mixed / sums[:, None]
     target = out + row[:, None] * (HEADS * WIDTH) + head[:, None] * WIDTH + channel[None, :]

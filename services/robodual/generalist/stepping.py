@@ -157,7 +157,7 @@ class Stepper:
         """Feeds the last sure token and the count - 1 guesses after it; those that were right become sure, and one more
         token. Does not wait for the device.
         """
-        if self.captures or self._model.dtype != torch.float32:
+        if self.captures or self.is_fused or self._model.dtype != torch.float32:
             # One shape for all, of a row at least: what is beyond the chunk does no harm, reading the weights takes as
             # long for one token as for eight, and in 16 bits the same kernels round alike, with guesses or without.
             count = self._count
