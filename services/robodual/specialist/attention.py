@@ -6,9 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robodual.specialist import products
-from robodual.specialist.fusing import can_chain
-from robodual.specialist.tiles import current, wait
+from robodual.specialist.tiles import current
 
 QUERIES = 32  # of a program
 KEYS = 64  # at a time
@@ -28,10 +26,8 @@ def attention_kernel(
     KEYS: tl.constexpr,
     END: tl.constexpr,  # N, rounded up to KEYS
     PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """Attention among a sequence's N tokens: QUERIES of them in one head, [N / QUERIES, H, B]."""
-    wait(CHAINED)
     own = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     first = tl.program_id(2) * N
     channel = tl.arange(0, C_PAD)
@@ -72,7 +68,6 @@ def attend(qkv: Tensor, batch: int, heads: int, precision: str = "tf32x3") -> Te
     rows, width = qkv.shape
     count, channels = rows // batch, width // (3 * heads)
     out = qkv.new_empty(rows, heads * channels)
-    chained = products.CHAINED and can_chain(qkv.device)
     with current(qkv.device):
         attention_kernel[triton.cdiv(count, QUERIES), heads, batch](
             qkv,
@@ -86,9 +81,7 @@ def attend(qkv: Tensor, batch: int, heads: int, precision: str = "tf32x3") -> Te
             KEYS=KEYS,
             END=triton.cdiv(count, KEYS) * KEYS,
             PRECISION=precision,
-            CHAINED=chained,
             num_warps=WARPS,
             num_stages=STAGES,
-            **({"launch_pdl": True} if chained else {}),
         )
     return out

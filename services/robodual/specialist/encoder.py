@@ -14,15 +14,14 @@ from robodual import vit
 from robodual.specialist import depth, fusing, vision
 from robodual.specialist.packing import Linear
 
-ATTENTION = True  # by Triton's kernel, where products are
-PATCHES = True  # and their embedding too, in place of a convolution
-
 
 @dataclass(frozen=True)
 class _Block:
-    qkv: Linear  # with the norm before it
+    norm1: nn.LayerNorm
+    qkv: Linear
     out: Linear
-    fc1: Linear  # with the norm before it, and its GELU
+    norm2: nn.LayerNorm
+    fc1: Linear  # with its GELU
     fc2: Linear
 
 
@@ -52,9 +51,9 @@ class Encoder:
         batch, count, width = tokens.shape
         x = tokens.view(-1, width)  # [B * N, D]
         for block in self._blocks:
-            mixed = self._attend(block.qkv(x), batch, self._heads)  # [B * N, heads * C]
+            mixed = self._attend(block.qkv(block.norm1(x)), batch, self._heads)  # [B * N, heads * C]
             x = block.out.add(x, mixed)
-            x = block.fc2.add(x, block.fc1(x))
+            x = block.fc2.add(x, block.fc1(block.norm2(x)))
         out: Tensor = self._norm(x).float().view(batch, count, width)
         return out
 
@@ -72,7 +71,7 @@ def attend(qkv: Tensor, batch: int, heads: int) -> Tensor:
 
 def _choose_attention(weight: Tensor, triton: bool) -> Callable[[Tensor, int, int], Tensor]:
     """Triton's kernel where it is allowed and can run, or else plain operations."""
-    if not ATTENTION or not _can_launch(weight, triton):
+    if not _can_launch(weight, triton):
         return attend
     from robodual.specialist import attention  # it imports Triton
 
@@ -81,7 +80,7 @@ def _choose_attention(weight: Tensor, triton: bool) -> Callable[[Tensor, int, in
 
 def _choose_embedding(module: vision.VisionEncoder | depth.PlainViT, triton: bool) -> Callable[[Tensor], Tensor]:
     """What makes of images [B, C, S, S] the blocks' input [B, N, D]: as a product where Triton's can run."""
-    if not PATCHES or not _can_launch(module.cls_token, triton):
+    if not _can_launch(module.cls_token, triton):
         return cast(Callable[[Tensor], Tensor], module.embed)
     layers: tuple[Callable[[Tensor], Tensor], ...]
     if isinstance(module, vision.VisionEncoder):
@@ -109,9 +108,11 @@ def _can_launch(weight: Tensor, triton: bool) -> bool:
 
 def _of_vision(block: vit.Block, triton: bool) -> _Block:
     return _Block(
-        qkv=Linear.of(block.attn.qkv, triton=triton, norm=block.norm1),
+        norm1=block.norm1,
+        qkv=Linear.of(block.attn.qkv, triton=triton),
         out=Linear.of(block.attn.proj, triton=triton),
-        fc1=Linear.of(block.mlp.fc1, gelu="none", triton=triton, norm=block.norm2),
+        norm2=block.norm2,
+        fc1=Linear.of(block.mlp.fc1, gelu="none", triton=triton),
         fc2=Linear.of(block.mlp.fc2, triton=triton),
     )
 
@@ -119,8 +120,10 @@ def _of_vision(block: vit.Block, triton: bool) -> _Block:
 def _of_depth(attention: depth.Attention, feed_forward: depth.FeedForward, triton: bool) -> _Block:
     norm2, fc1, _, _, fc2 = feed_forward.net
     return _Block(
-        qkv=Linear.of(attention.to_qkv, triton=triton, norm=attention.norm),
+        norm1=attention.norm,
+        qkv=Linear.of(attention.to_qkv, triton=triton),
         out=Linear.of(cast(nn.Linear, attention.to_out[0]), triton=triton),
-        fc1=Linear.of(cast(nn.Linear, fc1), gelu="none", triton=triton, norm=cast(nn.LayerNorm, norm2)),
+        norm2=cast(nn.LayerNorm, norm2),
+        fc1=Linear.of(cast(nn.Linear, fc1), gelu="none", triton=triton),
         fc2=Linear.of(cast(nn.Linear, fc2), triton=triton),
     )

@@ -24,7 +24,6 @@ GROUPS = 8  # of a product's channels side by side, one by each warp
 SLAB = 1024  # most channels at a time, all from before a kernel's wait
 KEYS = 256  # of the context, at a time
 STAGES = 2
-CHAINED = True  # kernels start before those before them end, where the GPU can
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class FusedSampler(Sampler):
         final = denoiser.final_layer.linear
         self._final = final.weight.detach().contiguous(), final.bias.detach()
         head = self.width // self.heads
-        chained = CHAINED and can_chain(self._actions.device)
+        chained = can_chain(self._actions.device)
         self._shape = {
             "D": self.width,
             "D_PAD": max(_power(self.width), 16 * GROUPS),

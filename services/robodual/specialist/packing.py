@@ -20,7 +20,6 @@ from robodual.specialist import fusing
 
 Gelu = Literal["none", "tanh"]  # the approximation
 
-NORMS = True  # Triton's kernel norms too
 LEAST = 64  # rows from which Triton's product is used: it cannot fill a GPU with fewer
 
 
@@ -32,49 +31,32 @@ class Linear:
         bias: [out], or None
         gelu: the approximation of a GELU to apply, or None for no GELU
         triton: allows the Triton kernel, for `LEAST` rows and more
-        norm: of what is multiplied, or None; for a layer to which nothing is added
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        gelu: Gelu | None = None,
-        *,
-        triton: bool = False,
-        norm: nn.LayerNorm | None = None,
+        self, weight: Tensor, bias: Tensor | None = None, gelu: Gelu | None = None, *, triton: bool = False
     ) -> None:
         self._packed = can_pack(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach()) if self._packed else weight.detach()
         self._bias = None if bias is None else bias.detach()
         self._gelu = gelu
         self._kernel = _kernel(weight) if triton else None
-        self._norm = norm
-        self._folded = None if norm is None or self._kernel is None else _fold(weight, bias, norm)
         self._operation = ("none", "") if gelu is None else ("gelu", gelu)
 
     @classmethod
-    def of(
-        cls, layer: nn.Linear, gelu: Gelu | None = None, *, triton: bool = False, norm: nn.LayerNorm | None = None
-    ) -> Linear:
-        return cls(layer.weight, layer.bias, gelu, triton=triton, norm=norm)
+    def of(cls, layer: nn.Linear, gelu: Gelu | None = None, *, triton: bool = False) -> Linear:
+        return cls(layer.weight, layer.bias, gelu, triton=triton)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        kernel = self._kernel if _rows(x) >= LEAST else None
-        if kernel is not None and self._folded is not None:
-            weight, bias, norm = self._folded
-            return kernel(x, weight, bias, self._gelu, norm=norm)
-        if self._norm is not None:
-            x = self._norm(x)
         if self._packed:
             operation, algorithm = self._operation
             out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
                 x, self._weight, self._bias, operation, [], algorithm
             )
             return out
-        if kernel is not None:
-            return kernel(x, self._weight, self._bias, self._gelu)
+        if self._kernel is not None and _rows(x) >= LEAST:
+            return self._kernel(x, self._weight, self._bias, self._gelu)
         out = F.linear(x, self._weight, self._bias)
         return out if self._gelu is None else F.gelu(out, approximate=self._gelu)
 
@@ -103,17 +85,6 @@ def _kernel(weight: Tensor) -> Callable[..., Tensor] | None:
     from robodual.specialist.products import linear  # it imports Triton
 
     return linear
-
-
-def _fold(
-    weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm
-) -> tuple[Tensor, Tensor, tuple[Tensor, float]] | None:
-    if not NORMS:
-        return None
-    from robodual.specialist.products import fold  # it imports Triton
-
-    with torch.no_grad():
-        return fold(weight, bias, norm)
 
 
 def _rows(x: Tensor) -> int:

@@ -23,8 +23,6 @@ from robodual.specialist.latents import ColourLatents, MapLatents
 from robodual.specialist.policy import Policy, needed
 from robodual.specialist.sampler import Sampler
 
-BESIDE = True  # on a GPU: maps and touch beside the frames, neither of which fills it
-
 M = TypeVar("M")
 T = TypeVar("T")
 
@@ -66,9 +64,10 @@ class Step:
         self._context = model.context_adapter
         self._sampler = choose_sampler(model, policy.config, fuse)
         device = model.x_embedder.weight.device
-        # What is made on it is used after it was waited for, and it waits before it makes more.
+        # Maps and touch are made on it, beside the frames: neither fills a GPU. What is made on it is used after it was
+        # waited for, and it waits before it makes more.
         self._side: torch.cuda.Stream | None = None
-        if BESIDE and device.type == "cuda":
+        if device.type == "cuda":
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
