@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
@@ -81,6 +82,8 @@ def test_the_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(products, "linear", fail)
     assert "RuntimeError: Failed to find C compiler" in fusing._try(place)
+    monkeypatch.setitem(sys.modules, "robodual.specialist.products", None)  # as if its imports failed
+    assert "Triton's first kernel failed: ModuleNotFoundError" in fusing._try(place)
 
 
 def test_a_cpu_has_none() -> None:

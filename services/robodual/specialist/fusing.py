@@ -40,9 +40,9 @@ def _obstacle(device: torch.device) -> str:
 
 def _try(device: torch.device) -> str:
     """What Triton says of a first launch, if it fails: it takes a C compiler, Python's headers and the driver."""
-    from robodual.specialist.products import linear
-
     try:
+        from robodual.specialist.products import linear  # it imports Triton, of which 3.3 has not all
+
         ones = torch.ones(16, 16, device=device)
         found = float(linear(ones, ones).sum())
     except Exception as error:  # Triton's own, its compiler's, the system's
