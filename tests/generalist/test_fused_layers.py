@@ -74,7 +74,9 @@ def test_fused_layers_compute_what_the_operations_do(language: LanguageConfig, b
 
 
 @pytest.mark.parametrize(("way", "constrained"), [("guesses", True), ("drafts", False), ("batch", True)])
-def test_whole_chunks_are_those_of_the_operations(way: str, constrained: bool) -> None:
+def test_whole_chunks_are_those_of_the_operations(way: str, constrained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cpu":  # fewer programs, which the interpreter runs one after another
+        monkeypatch.setattr(fused, "TILES", dict.fromkeys(fused.TILES, (128, 128, 1, 4)))
     one = model(replace(SHAPES["heads of their own"], layers=1))
     plain, stepper = Stepper(one, captures=False), Stepper(one, captures=False)
     plain._fused, stepper._fused = None, FusedLayers(one)
@@ -193,6 +195,11 @@ def test_they_are_for_bfloat16_on_a_gpu_and_what_fails_leaves_the_operations(mon
     assert whole is not None
     assert whole.takes(64)
     assert not whole.takes(65)
+    # A GeForce's programs share 99 kB, an H200's 227.
+    short = FusedLayers(model(SHAPES["heads of their own"], torch.bfloat16))
+    for shared, most in ((99 << 10, 32), (227 << 10, 64)):
+        monkeypatch.setattr(short, "_shared", shared - 4096)
+        assert [rows for rows in (8, 16, 32, 64) if short.takes(rows)][-1] == most
 
     def failing(self: FusedLayers) -> None:
         raise RuntimeError("no C compiler")

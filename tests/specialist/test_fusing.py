@@ -9,11 +9,12 @@ from dataclasses import replace
 from importlib.machinery import ModuleSpec
 
 import pytest
+import structlog
 import torch
 from structlog.testing import capture_logs
 
 from robodual.profiles import PROFILES
-from robodual.specialist import engine, fusing
+from robodual.specialist import engine, fusing, step
 from robodual.specialist.packing import LEAST, Linear
 from robodual.specialist.policy import Policy
 from robodual.specialist.sampler import Sampler
@@ -100,8 +101,20 @@ def test_what_is_chosen_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fusing, "can_launch", lambda device: True)
     policy = Policy(PROFILES["toy"].specialist).eval()
     with torch.inference_mode():
-        assert type(Step(policy)._sampler) is FusedSampler
-        assert type(Step(policy, fuse=False)._sampler) is Sampler
+        chosen, plain = Step(policy), Step(policy, fuse=False)
+        assert (type(chosen._sampler), chosen.is_fused) == (FusedSampler, True)
+        assert (type(plain._sampler), plain.is_fused) == (Sampler, False)
+
+        def failing(sampler: FusedSampler, *inputs: object) -> None:
+            raise RuntimeError("out of resource: shared memory")
+
+        with monkeypatch.context() as patch, capture_logs() as logs:
+            patch.setattr(FusedSampler, "denoise", failing)
+            patch.setattr(step, "logger", structlog.get_logger())
+            assert not Step(policy).is_fused
+        assert [(log["event"], log["reason"]) for log in logs] == [
+            ("the specialist denoises without fused kernels", "RuntimeError: out of resource: shared memory")
+        ]
 
     used: list[int] = []
 

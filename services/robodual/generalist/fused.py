@@ -22,7 +22,10 @@ from robodual.generalist.tokens import GENERATED, ROW
 logger = structlog.get_logger(__name__)
 
 MOST_ROWS = 64  # beyond, products are no longer bound by the weights' reading, and cuBLAS is as good
-NARROW = 16  # rows up to which all stages fit
+NARROW = 16  # rows up to which the stages are those of `TILES`
+WIDE_STAGES = 3  # and of more
+LEAST_STAGES = 2
+SMALL = 99 * 1024  # bytes that a program can share on the smallest of GPUs from Ampere on
 TOKENS = 64  # of a prompt that a program rotates
 GATES = 1024  # that a program computes
 WHOLE = 128  # what every size must be a multiple of
@@ -52,6 +55,7 @@ class FusedLayers:
         self._epsilon = config.rms_epsilon
         self._depths = config.width, config.mlp_width
         self._embeddings = model.language_model.model.embed_tokens.weight.detach()
+        self._shared = _shared_memory(model.device)
         self._frequencies = model.language_model.model.rotary_emb.inv_freq
         self._layers = [
             lay_out(layer) for layer in cast(Sequence[LlamaDecoderLayer], model.language_model.model.layers)
@@ -74,8 +78,16 @@ class FusedLayers:
             torch.cuda.synchronize(weight.device)
 
     def takes(self, rows: int) -> bool:
-        """Whether so many rows are what they are for."""
-        return rows <= MOST_ROWS
+        """Whether so many rows are what they are for, and fit what a processor of this GPU shares."""
+        return rows <= MOST_ROWS and all(
+            self._fitting(rows, each * (1 + (name == "gate_up")), part) >= LEAST_STAGES
+            for name, (each, part, _, _) in TILES.items()
+        )
+
+    def _fitting(self, rows: int, columns: int, part: int) -> int:
+        """How many parts of so many rows of x, and rows of a weight, fit the memory that a program's threads share."""
+        each = (_power(rows) + columns) * part * self._embeddings.element_size()
+        return int(self._shared // each)
 
     def begin(
         self, tokens: Tensor, place: Tensor, length: Tensor, padding: Tensor, count: int
@@ -249,6 +261,7 @@ class FusedLayers:
         (rows, depth), columns = x.shape, out.shape[1]
         each, part, stages, warps = TILES[name]
         each, part = _divisor(columns, each), _divisor(depth, part)
+        stages = min(stages if rows <= NARROW else WIDE_STAGES, self._fitting(rows, each * (1 + gated), part))
         kernels.linear[(columns // each,)](
             x,
             matrix.weight,
@@ -272,7 +285,7 @@ class FusedLayers:
             ROWS=_power(rows),
             COLUMNS=each,
             PART=part,
-            STAGES=stages if rows <= NARROW else 3,
+            STAGES=stages,
             num_warps=warps,
         )
 
@@ -292,6 +305,7 @@ class FusedLayers:
 
         batch, groups, length, width = keys.shape
         part, stages, warps = ATTENTION
+        stages = stages if count <= NARROW else LEAST_STAGES
         kernels.attention[(batch * groups,)](
             qkv,
             keys,
@@ -351,3 +365,10 @@ def _power(rows: int) -> int:
 def _divisor(size: int, most: int) -> int:
     """The largest power of two up to `most` that divides it."""
     return min(most, size & -size)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program can share, less what compilers take for themselves."""
+    if device.type != "cuda":
+        return 1 << 30
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SMALL)) - 4096

@@ -15,7 +15,6 @@ from robodual.device import choose
 from robodual.facts import EngineFacts, count_parameters, count_weight_bytes, device_memory, hash_state_dict
 from robodual.images import Strategy
 from robodual.profiles import PROFILES
-from robodual.specialist import fusing
 from robodual.specialist.captured import LENGTHS, CapturedSteps, Sides
 from robodual.specialist.checkpoint import load
 from robodual.specialist.frames import Frame, Preparation
@@ -45,6 +44,8 @@ class SpecialistEngine:
         self.captures = weight.is_cuda  # a graph for each batch size, padded length and shape of frames
         with torch.inference_mode():
             self._step = Step(policy)
+        if self.captures:
+            facts.details["denoiser"] = "fused kernels" if self._step.is_fused else "plain operations"
         self._captured = CapturedSteps(self._step, self.preparation) if self.captures else None
 
     @torch.inference_mode()
@@ -194,9 +195,6 @@ def load_specialist(
 def _facts(profile: str, policy: Policy, strategy: Strategy) -> EngineFacts:
     weight, config = policy.vision_encoder.pos_embed, policy.config
     execution = "CUDA graphs" if weight.is_cuda else "packed layers" if can_pack(weight) else "eager"
-    details = {"execution": execution}
-    if weight.is_cuda:
-        details["denoiser"] = "fused kernels" if fusing.fuses(config, weight.device) else "plain operations"
     return EngineFacts(
         profile=profile,
         checkpoint=hash_state_dict(policy),
@@ -208,7 +206,7 @@ def _facts(profile: str, policy: Policy, strategy: Strategy) -> EngineFacts:
             "diffusion_steps": str(config.diffusion_steps),
             "guidance_scale": f"{config.guidance_scale:g}",
             "image_resize_strategy": strategy,
-            **details,
+            "execution": execution,
             **device_memory(weight.device),
         },
     )

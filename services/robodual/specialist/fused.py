@@ -64,6 +64,15 @@ class FusedSampler(Sampler):
         }
         self._head = {"C": head, "C_PAD": _power(head), "SCALE": head**-0.5}
 
+    def try_one(self) -> None:
+        """Denoises zeros, which compiles the kernels; raises what goes wrong."""
+        noise = self._actions.new_zeros(1, CHUNK, ACTION)
+        keys_values = noise.new_zeros(1, 16, 2 * self.width * len(self._tables))
+        mask = torch.ones(1, 16, dtype=torch.bool, device=noise.device)
+        found = self(noise, noise, noise.new_zeros(1, self.width), keys_values, mask)
+        if not bool(found.isfinite().all()):  # also waits for the device, which may have something to say
+            raise ArithmeticError("the denoiser's kernels gave values that are no numbers")
+
     def denoise(self, noise: Tensor, prepared: Prepared, keys_values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Denoises; arguments and result are those of `Sampler`."""
         batch, width = len(noise), self.width

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import structlog
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +23,8 @@ from robodual.specialist.encoder import Encoder
 from robodual.specialist.latents import ColourLatents, MapLatents
 from robodual.specialist.policy import Policy, needed
 from robodual.specialist.sampler import Sampler
+
+logger = structlog.get_logger(__name__)
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -69,6 +72,11 @@ class Step:
         self._side: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the denoiser runs as fused kernels."""
+        return type(self._sampler) is not Sampler
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The generalist's hidden states [L, context width] to keys and values [L, blocks * 2 * D] and mean [D]."""
@@ -125,9 +133,15 @@ def choose_sampler(model: Denoiser, config: SpecialistConfig, fuse: bool = True)
     """Triton's kernels where they are allowed and can run, or else plain operations."""
     if not fuse or not fusing.fuses(config, model.x_embedder.weight.device):
         return Sampler(model, config)
-    from robodual.specialist.fused import FusedSampler  # it imports Triton
+    try:
+        from robodual.specialist.fused import FusedSampler  # it imports Triton
 
-    return FusedSampler(model, config)
+        sampler = FusedSampler(model, config)
+        sampler.try_one()
+    except Exception as error:  # of the compiler, for a GPU that has too little of something: slower, but as right
+        logger.warning("the specialist denoises without fused kernels", reason=f"{type(error).__name__}: {error}")
+        return Sampler(model, config)
+    return sampler
 
 
 def _made(kind: Callable[[M], T], module: M | None) -> T | None:
