@@ -9,9 +9,8 @@ from dataclasses import replace
 from importlib.machinery import ModuleSpec
 
 import pytest
-import structlog
 import torch
-from structlog.testing import capture_logs
+from structlog.testing import CapturingLogger
 
 from robodual.profiles import PROFILES
 from robodual.specialist import engine, fusing, step
@@ -31,6 +30,14 @@ def forgotten() -> Iterator[None]:
 
 
 @pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
+    captured = CapturingLogger()
+    monkeypatch.setattr(fusing, "logger", captured)
+    monkeypatch.setattr(step, "logger", captured)
+    return captured
+
+
+@pytest.fixture
 def able(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A GPU that runs them, with Triton."""
     found = importlib.util.find_spec
@@ -41,19 +48,18 @@ def able(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_a_gpu_that_can(able: pytest.MonkeyPatch) -> None:
-    with capture_logs() as logs:
-        assert fusing.can_launch(GPU)
-        for profile in PROFILES.values():
-            assert fusing.fuses(profile.specialist, GPU)
-        assert not fusing.fuses(replace(PROFILES["robodual-7b"].specialist, width=1024, heads=32), GPU)
-        assert not fusing.fuses(replace(PROFILES["robodual-7b"].specialist, heads=4), GPU)
-        assert not fusing.can_launch(torch.device("cpu"))
-    assert not logs
+def test_a_gpu_that_can(able: pytest.MonkeyPatch, log: CapturingLogger) -> None:
+    assert fusing.can_launch(GPU)
+    for profile in PROFILES.values():
+        assert fusing.fuses(profile.specialist, GPU)
+    assert not fusing.fuses(replace(PROFILES["robodual-7b"].specialist, width=1024, heads=32), GPU)
+    assert not fusing.fuses(replace(PROFILES["robodual-7b"].specialist, heads=4), GPU)
+    assert not fusing.can_launch(torch.device("cpu"))
+    assert not log.calls
 
 
 @pytest.mark.parametrize("lack", ["CUDA", "triton", "TF32", "C compiler"])
-def test_what_a_gpu_lacks_is_logged_once(lack: str, able: pytest.MonkeyPatch) -> None:
+def test_what_a_gpu_lacks_is_logged_once(lack: str, able: pytest.MonkeyPatch, log: CapturingLogger) -> None:
     if lack == "CUDA":
         able.setattr(torch.version, "cuda", None)
     elif lack == "triton":
@@ -62,11 +68,10 @@ def test_what_a_gpu_lacks_is_logged_once(lack: str, able: pytest.MonkeyPatch) ->
         able.setattr(fusing, "_try", lambda device: "Failed to find C compiler")
     else:
         able.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with capture_logs() as logs:
-        assert not fusing.can_launch(GPU)
-        assert not fusing.fuses(PROFILES["toy"].specialist, GPU)
-    assert [(log["log_level"], log["device"]) for log in logs] == [("info", "cuda:0")]
-    assert lack in logs[0]["reason"]
+    assert not fusing.can_launch(GPU)
+    assert not fusing.fuses(PROFILES["toy"].specialist, GPU)
+    assert [(call.method_name, call.kwargs["device"]) for call in log.calls] == [("info", "cuda:0")]
+    assert lack in log.calls[0].kwargs["reason"]
 
 
 def test_the_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +98,7 @@ def test_a_cpu_has_none() -> None:
     assert type(Step(Policy(PROFILES["toy"].specialist))._sampler) is Sampler
 
 
-def test_what_is_chosen_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_chosen_where_they_run(monkeypatch: pytest.MonkeyPatch, log: CapturingLogger) -> None:
     pytest.importorskip("triton")
     from robodual.specialist import products
     from robodual.specialist.fused import FusedSampler
@@ -108,11 +113,10 @@ def test_what_is_chosen_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
         def failing(sampler: FusedSampler, *inputs: object) -> None:
             raise RuntimeError("out of resource: shared memory")
 
-        with monkeypatch.context() as patch, capture_logs() as logs:
+        with monkeypatch.context() as patch:
             patch.setattr(FusedSampler, "denoise", failing)
-            patch.setattr(step, "logger", structlog.get_logger())
             assert not Step(policy).is_fused
-        assert [(log["event"], log["reason"]) for log in logs] == [
+        assert [(call.args[0], call.kwargs["reason"]) for call in log.calls] == [
             ("the specialist denoises without fused kernels", "RuntimeError: out of resource: shared memory")
         ]
 
