@@ -154,7 +154,7 @@ def specialist_stages(
 def generalist_stages(engine: GeneralistEngine) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
     """Vision with the projector; a conditioning on either cache.
 
-    Also what is counted in the place of a stage: a graph that is replayed shows no operations.
+    Also what is counted in the place of a stage: a graph that is replayed shows no operations, nor do Triton's kernels.
     """
     pixels, prompts = identity.inputs(engine, *identity.glances(engine.facts.profile, 1))
     conditioning = partial(decode, engine.model, pixels, prompts, constrained=True)
@@ -163,7 +163,7 @@ def generalist_stages(engine: GeneralistEngine) -> tuple[dict[str, Callable[[], 
     if engine.stepper is None:
         return stages, {}
     counted = {}
-    uncaptured = Stepper(engine.model, captures=False)
+    uncaptured = Stepper(engine.model, captures=False, fuses=False)
     for how, way in {"": conditioning, ", speculation": partial(conditioning, guessing=True, window=ROW)}.items():
         name = f"a conditioning, static cache{', captured' if engine.captures else ''}{how}"
         stages[name] = partial(way, stepper=engine.stepper)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -31,3 +33,39 @@ def choose(name: str) -> torch.device:
         )
     torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda", number)
+
+
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Makes a GPU the current one, on which Triton launches; nothing elsewhere."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def padded(size: int) -> int:
+    """The least power of two that is not below a size, nor below 16, the least that a GPU's products take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+class Side:
+    """A second stream of a GPU, for what does not fill it; on a CPU one thing comes after the other.
+
+    What is made on it is used after `join`, and it waits before it makes more, so that no memory is taken too early.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Has the GPU do what is in it beside what comes after it."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Has what comes next wait for what was done beside."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)

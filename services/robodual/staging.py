@@ -1,9 +1,9 @@
-"""Arrays of the host that a GPU reads together: written into one pinned buffer, brought over by one copy."""
+"""Arrays of the host that a GPU reads: those of a step in one pinned buffer, by one copy, or others as they come."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,3 +51,17 @@ def _pinned(size: int) -> tuple[Tensor, npt.NDArray[np.uint8]]:
     """Zeros in memory that a GPU copies from by itself, as a tensor and as an array."""
     values = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
     return values, values.numpy()
+
+
+def stacked(arrays: Sequence[npt.NDArray[Any]]) -> list[Tensor]:
+    """Arrays as one tensor [B, ...] if they are of one shape, else as one each."""
+    groups = [arrays] if len({array.shape for array in arrays}) == 1 else [[array] for array in arrays]
+    return [torch.from_numpy(np.stack(group)) for group in groups]
+
+
+def bring(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the host, without waiting for the device."""
+    if device.type == "cpu":
+        return values
+    # From pinned memory the copy needs no wait: the device's stream keeps the order.
+    return values.pin_memory().to(device, non_blocking=True)

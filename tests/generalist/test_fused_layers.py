@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are read
 pytest.importorskip("triton")
 
-from robodual.generalist import fused, layers
+from robodual.generalist import fused, layers, stepping
 from robodual.generalist.config import LanguageConfig
 from robodual.generalist.decoding import decode
 from robodual.generalist.fused import FusedLayers, can_fuse, fuse
@@ -167,6 +169,40 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_the_operations(
     assert can_fuse(short)
     assert fuse(short) is not None
     assert max(differences(short, short, batch, count)) < 2e-2
+
+
+def test_kernels_are_launched_with_the_models_device_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine of several may be on another than the first GPU, and Triton launches on the current one."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.pop()
+
+    def watched(name: str) -> Callable[..., object]:
+        method = getattr(FusedLayers, name)
+
+        def call(*given: object, **named: object) -> object:
+            assert entered == [one.device]
+            return method(*given, **named)
+
+        return call
+
+    one = model(replace(SHAPES["heads of their own"], layers=1))
+    for module in (stepping, fused):
+        monkeypatch.setattr(module, "current", current)
+    for name in ("begin", "conclude", "read", "_linear", "_attend"):
+        monkeypatch.setattr(FusedLayers, name, watched(name))
+    monkeypatch.setattr(fused, "can_fuse", lambda model: True)
+    stepper = Stepper(one, captures=False)
+    assert stepper.is_fused
+    pixels = torch.zeros(1, 6, *[one.config.towers[0].image_size] * 2, device=DEVICE)
+    prompts = [torch.full((5,), 9, device=DEVICE)]
+    drafts = decode(one, pixels, prompts, constrained=True).tokens
+    assert torch.equal(decode(one, pixels, prompts, constrained=True, drafts=drafts, stepper=stepper).tokens, drafts)
+    assert not Stepper(one, captures=False, fuses=False).is_fused
 
 
 def test_weights_move_into_one_tensor_and_stay_what_they_were() -> None:

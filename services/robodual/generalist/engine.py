@@ -25,6 +25,7 @@ from robodual.generalist.tokens import ACTION, CHUNK, GENERATED, ROW, decode_act
 from robodual.generalist.weights import load_weights
 from robodual.graphs import Graphs
 from robodual.profiles import PROFILES
+from robodual.staging import bring, stacked
 
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -122,9 +123,7 @@ class GeneralistEngine:
         device = self.model.device
         if self._on_gpu is None:
             return self.processor.pixels(frames).to(device, self.model.dtype)
-        groups = [frames] if len({frame.shape for frame in frames}) == 1 else [[frame] for frame in frames]
-        stacked = [torch.from_numpy(np.stack(group)).pin_memory() for group in groups]
-        return torch.cat([self._on_gpu(group.to(device, non_blocking=True)) for group in stacked])
+        return torch.cat([self._on_gpu(bring(group, device)) for group in stacked(frames)])
 
 
 def _captured(prepare: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
@@ -145,6 +144,7 @@ def load_generalist(
     quantisation: str = "none",
     constrained: bool | None = None,
     speculation: bool = True,
+    static_cache: bool = True,
 ) -> GeneralistEngine:
     """The engine of a profile: with a checkpoint's weights, or random ones that follow from `seed`.
 
@@ -155,7 +155,8 @@ def load_generalist(
     elsewhere) or a name of `DTYPES`. attention: one of `ATTENTIONS`, for the Llama's prompt; its steps after it take
     sdpa, but for "eager". quantisation: one of `QUANTISATIONS`, for the Llama's layers. constrained: whether
     decoding keeps to the layout of 8 x 7 actions; None leaves it to the profile. speculation: whether a forward checks
-    guesses of the next actions (`decode`): the same tokens in fewer forwards.
+    guesses of the next actions (`decode`): the same tokens in fewer forwards. static_cache: whether it is made ready
+    for decoding on one (stepping.py), which a training has no use for.
 
     Raises:
         CheckpointError: naming the file and the fix, for a checkpoint that cannot be used.
@@ -185,7 +186,7 @@ def load_generalist(
         load_weights(model, found.folder, place, tuple(map(read_adapter, adapters)), quantisation, merge=merge_adapters)
     processor = Processor(config.images, config.tokens, tokenizer)
     restricted = config.constrained if constrained is None else constrained
-    stepper = Stepper(model) if suits(model) else None
+    stepper = Stepper(model) if static_cache and suits(model) else None
     execution = "dynamic cache" if stepper is None else "CUDA graphs" if stepper.captures else "static cache"
     if stepper is not None and stepper.is_fused:
         execution += ", fused layers"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from robodual.device import current, padded
 from robodual.generalist.joined import Matrix, lay_out, layers_of, linears
 from robodual.generalist.layers import visible
 from robodual.generalist.model import Generalist
@@ -47,7 +48,10 @@ class Stream:
 
 
 class FusedLayers:
-    """All layers of one model. Their weights are laid one below the other, where they then stay; values may change."""
+    """All layers of one model. Their weights are laid one below the other, where they then stay; values may change.
+
+    The caller makes the model's device the current one, on which Triton launches.
+    """
 
     def __init__(self, model: Generalist) -> None:
         config = model.config.language
@@ -86,7 +90,7 @@ class FusedLayers:
 
     def _fitting(self, rows: int, columns: int, part: int) -> int:
         """How many parts of so many rows of x, and rows of a weight, fit the memory that a program's threads share."""
-        each = (_power(rows) + columns) * part * self._embeddings.element_size()
+        each = (padded(rows) + columns) * part * self._embeddings.element_size()
         return int(self._shared // each)
 
     def begin(
@@ -123,7 +127,7 @@ class FusedLayers:
             ALL=every,
             LAST=GENERATED - 1,
             D=width,
-            MOST=_power(width),
+            MOST=padded(width),
             HALF=half,
         )
         return Stream(x, normed, squares), (cos, sin), slots
@@ -149,7 +153,7 @@ class FusedLayers:
             limit,
             layout,
             COUNT=count,
-            MOST=_power(count),
+            MOST=padded(count),
             ALL=tokens.shape[1],
             LAST=GENERATED - 1,
             ROW=ROW,
@@ -278,11 +282,11 @@ class FusedLayers:
             DEPTH=depth,
             NORMED=squares is not None,
             SUMS=1 if squares is None else squares.shape[1],
-            MOST_SUMS=1 if squares is None else _power(squares.shape[1]),
+            MOST_SUMS=1 if squares is None else padded(squares.shape[1]),
             GATED=gated,
             ADDED=stream is not None,
             SCALED=matrix.scale is not None,
-            ROWS=_power(rows),
+            ROWS=padded(rows),
             COLUMNS=each,
             PART=part,
             STAGES=stages,
@@ -321,8 +325,8 @@ class FusedLayers:
             WIDTH=width,
             SLOTS=length,
             COUNT=count,
-            QUERIES=_power(count * (self._heads // groups)),
-            NEW=_power(count),
+            QUERIES=padded(count * (self._heads // groups)),
+            NEW=padded(count),
             PART=part,
             STAGES=stages,
             num_warps=warps,
@@ -335,7 +339,8 @@ def fuse(model: Generalist) -> FusedLayers | None:
         return None
     try:
         layers = FusedLayers(model)
-        layers.try_one()
+        with current(model.device):
+            layers.try_one()
     except Exception as error:  # a compiler, a cache folder, a driver: PyTorch's operations need none of them
         logger.warning("decoding runs without fused kernels", reason=f"{type(error).__name__}: {error}")
         return None
@@ -355,11 +360,6 @@ def can_fuse(model: Generalist) -> bool:
         and (kinds == {nn.Linear} or kinds == {Float8Linear})
         and importlib.util.find_spec("triton") is not None
     )
-
-
-def _power(rows: int) -> int:
-    """The smallest power of two that holds them, and that a product takes."""
-    return max(16, 1 << (rows - 1).bit_length())
 
 
 def _divisor(size: int, most: int) -> int:

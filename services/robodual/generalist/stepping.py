@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from robodual.capture import Recorder, Shapes
+from robodual.device import Side, current
 from robodual.generalist import layers
 from robodual.generalist.fused import FusedLayers, fuse
 from robodual.generalist.greedy import best_tokens, chunk_layout, greedy
@@ -62,18 +63,18 @@ class Stepper:
     FlashAttention-2.
     """
 
-    def __init__(self, model: Generalist, *, captures: bool | None = None) -> None:
-        """captures: whether passes are captured; None: on CUDA."""
+    def __init__(self, model: Generalist, *, captures: bool | None = None, fuses: bool = True) -> None:
+        """captures: whether passes are captured; None: on CUDA. fuses: whether Triton's kernels may run them."""
         self._model = model
         # Of every shape's keys, values and hidden states, since one batch is in it at a time.
         self._storage = torch.empty(0, dtype=model.dtype, device=model.device)
         self._too_large = math.inf
         self._states: dict[tuple[int, int], _State] = {}
-        self._fused = fuse(model)
+        self._fused = fuse(model) if fuses else None
         self._record: Recorder | None = None
         if model.device.type == "cuda" if captures is None else captures:
             self._record = Recorder(model.device)
-            self._side = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+            self._side = Side(model.device)
             self._seen = Graphs(lambda pixels: (self._see(pixels),), model.device, "frames are seen")
             # FlashAttention-2's wrapper looks at the positions of a batch of one.
             most = 0 if _by_transformers(model) else MOST_PROMPTS
@@ -102,17 +103,15 @@ class Stepper:
     def _see(self, pixels: Tensor) -> Tensor:
         """`Generalist.see` with its towers side by side, neither of which fills a GPU."""
         model, backbone = self._model, self._model.vision_backbone
-        own = torch.cuda.current_stream(model.device)
-        self._side.wait_stream(own)
-        with torch.cuda.stream(self._side):
+        with self._side.beside():
             second = backbone.fused_featurizer(pixels[:, 3:])
         first = backbone.featurizer(pixels[:, :3])
-        own.wait_stream(self._side)
+        self._side.join()
         images: Tensor = model.projector(torch.cat([first, second], dim=2))
         return images
 
     def read(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Takes over a batch: its prompts' keys and values, by `Generalist.read`, and their hidden states [B, T, D].
+        """Takes over a batch: its prompts' keys and values, and their hidden states [B, T, D].
 
         None if the device has no memory for its keys and values.
         """
@@ -201,7 +200,8 @@ class Stepper:
         elif fused is not None and fused.reads:
             cos, sin = llama.rotary_emb(embeddings, positions)
             half = cos.shape[-1] // 2
-            read = fused.read(embeddings, (cos[..., :half], sin[..., :half]), mask, keys, values)
+            with current(model.device):
+                read = fused.read(embeddings, (cos[..., :half], sin[..., :half]), mask, keys, values)
             read = layers.normed(llama.norm, read)
         else:
             read = layers.read(model, embeddings, positions, mask, keys, values)
@@ -321,10 +321,11 @@ def _fused_step(
     model: Generalist, fused: FusedLayers, state: _State, count: int, constrained: bool, refining: bool
 ) -> None:
     """The same by kernels."""
-    stream, rotation, slots = fused.begin(state.tokens, state.place, state.length, state.padding, count)
-    x = fused(stream, rotation, slots, state.padding, state.keys, state.values)
-    x = layers.normed(model.language_model.model.norm, x)
-    state.hidden.scatter_(1, (slots - state.length).unsqueeze(2).expand_as(x), x)
-    best = best_tokens(model, x, constrained)
     first = model.config.tokens.action_start if constrained else None
-    fused.conclude(best, state.tokens, state.place, state.limit, state.layout, first, refining)
+    with current(model.device):
+        stream, rotation, slots = fused.begin(state.tokens, state.place, state.length, state.padding, count)
+        x = fused(stream, rotation, slots, state.padding, state.keys, state.values)
+        x = layers.normed(model.language_model.model.norm, x)
+        state.hidden.scatter_(1, (slots - state.length).unsqueeze(2).expand_as(x), x)
+        best = best_tokens(model, x, constrained)
+        fused.conclude(best, state.tokens, state.place, state.limit, state.layout, first, refining)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robodual.specialist.tiles import current
+from robodual.device import current, padded
 
 QUERIES = 32  # of a program
 KEYS = 64  # at a time
@@ -75,7 +75,7 @@ def attend(qkv: Tensor, batch: int, heads: int, precision: str = "tf32x3") -> Te
             count,
             H=heads,
             C=channels,
-            C_PAD=max(16, triton.next_power_of_2(channels)),
+            C_PAD=padded(channels),
             SCALE=channels**-0.5,
             QUERIES=QUERIES,
             KEYS=KEYS,

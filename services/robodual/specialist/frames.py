@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from robodual.resampling import squares
 from robodual.specialist.config import SpecialistConfig
 from robodual.specialist.depth import resize
 from robodual.specialist.policy import Observation, needed
+from robodual.staging import bring, stacked
 
 # ImageNet's statistics as the published processor has them, rounded to bfloat16.
 MEANS = (0.484375, 0.455078125, 0.40625)
@@ -69,14 +69,14 @@ class Preparation:
     def tactile(self, frames: Sequence[Frame]) -> Tensor:
         """[B, 6, S, S] in [0, 1]."""
         images = [needed(frame.rgb_tactile, "rgb_tactile") for frame in frames]
-        return torch.cat([self.touches(self.to_device(group)) for group in _stacked(images)])
+        return torch.cat([self.touches(self.to_device(group)) for group in stacked(images)])
 
     def colour(self, images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
         """B images [H, W, 3] of any sizes to normalised [B, 3, S, S]. Bytes travel to the device, not floats."""
         if not self._on_gpu:
             size = self.config.image_size
             return self._normalised(torch.from_numpy(np.stack([square(i, size, self.strategy) for i in images])))
-        return self.pixels([self.to_device(frames) for frames in _stacked(images)])
+        return self.pixels([self.to_device(frames) for frames in stacked(images)])
 
     def pixels(self, groups: Sequence[Tensor]) -> Tensor:
         """What `colour` makes of frames that are on the device, uint8 [B, H, W, 3], in groups of one size."""
@@ -114,7 +114,7 @@ class Preparation:
             rgb_gripper = self.gripper([frame])
             depth_gripper = self._shifted(needed(frame.depth_gripper, "depth_gripper"), GRIPPER_DEPTH_OFFSET)
         if config.with_tactile:
-            [images] = _stacked([needed(frame.rgb_tactile, "rgb_tactile")])
+            [images] = stacked([needed(frame.rgb_tactile, "rgb_tactile")])
             rgb_tactile = _scaled(self.to_device(images)).to(self.dtype)
         return Observation(
             rgb_static=self.static([frame]),
@@ -127,7 +127,7 @@ class Preparation:
         )
 
     def _depth(self, maps: Sequence[npt.NDArray[np.float32]], offset: float) -> Tensor:
-        return torch.cat([self.maps(self.to_device(values), offset) for values in _stacked(maps)])
+        return torch.cat([self.maps(self.to_device(values), offset) for values in stacked(maps)])
 
     def _shifted(self, values: npt.NDArray[np.float32], offset: float) -> Tensor:
         """One map [H, W] to [1, H, W], less the constant."""
@@ -135,18 +135,9 @@ class Preparation:
 
     def to_device(self, values: Tensor) -> Tensor:
         """Values of the host, without waiting for the device."""
-        if self.device.type == "cpu":
-            return values
-        # From pinned memory the copy needs no wait: the device's stream keeps the order.
-        return values.pin_memory().to(self.device, non_blocking=True)
+        return bring(values, self.device)
 
 
 def _scaled(images: Tensor) -> Tensor:
     """Tactile images uint8 [B, H, W, 6] to float32 [B, 6, H, W] in [0, 1]."""
     return images.permute(0, 3, 1, 2).to(torch.float32) / 255
-
-
-def _stacked(arrays: Sequence[npt.NDArray[Any]]) -> list[Tensor]:
-    """Arrays as one tensor [B, ...] if they are of one shape, else as one each."""
-    groups = [arrays] if len({array.shape for array in arrays}) == 1 else [[array] for array in arrays]
-    return [torch.from_numpy(np.stack(group)) for group in groups]

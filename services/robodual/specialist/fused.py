@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from robodual.device import current, padded
 from robodual.specialist import ends, kernels
 from robodual.specialist.config import ACTION, CHUNK, SpecialistConfig
 from robodual.specialist.denoiser import Block, Denoiser
 from robodual.specialist.fusing import can_chain
 from robodual.specialist.sampler import PARTS, Prepared, Sampler, fold_cross
-from robodual.specialist.tiles import current
 
 WIDE = 16  # columns of a program's product
 GROUPS = 8  # of a product's channels side by side, one by each warp
@@ -54,7 +54,7 @@ class FusedSampler(Sampler):
         chained = can_chain(self._actions.device)
         self._shape = {
             "D": self.width,
-            "D_PAD": max(_power(self.width), 16 * GROUPS),
+            "D_PAD": max(padded(self.width), 16 * GROUPS),
             "GROUPS": GROUPS,
             "PRECISION": precision,
             "CHAINED": chained,
@@ -62,7 +62,7 @@ class FusedSampler(Sampler):
             "num_stages": STAGES,
             **({"launch_pdl": True} if chained else {}),
         }
-        self._head = {"C": head, "C_PAD": _power(head), "SCALE": head**-0.5}
+        self._head = {"C": head, "C_PAD": padded(head), "SCALE": head**-0.5}
 
     def try_one(self) -> None:
         """Denoises zeros, which compiles the kernels; raises what goes wrong."""
@@ -121,12 +121,12 @@ class FusedSampler(Sampler):
         x, u, v, mixed, hidden, out = buffers
         batch, length = keys_values.shape[:2]
         table = {"P": PARTS * len(self._tables) + 2}
-        keys = min(KEYS, max(16 * GROUPS, _power(length)))
+        keys = min(KEYS, max(16 * GROUPS, padded(length)))
         attention = {"STRIDE": 2 * self.width * len(self._tables), "KEYS": keys, "END": -(-length // keys) * keys}
         columns = -(-self.width // WIDE)
         product = {key: shape[key] for key in shape if key != "D_PAD"} | table | {"WIDE": WIDE}
         heads, second, wider = (batch, self.heads), parts[:, 3:], hidden.shape[1]
-        slab, wider_slab = (min(SLAB, max(_power(size), 16 * GROUPS)) for size in (self.width, wider))
+        slab, wider_slab = (min(SLAB, max(padded(size), 16 * GROUPS)) for size in (self.width, wider))
 
         kernels.self_attention[heads](x, parts, *block.qkv, block.cos, block.sin, mixed, **shape, **self._head, **table)
         kernels.gated_product[batch, columns](
@@ -166,8 +166,3 @@ def _tables(block: Block) -> _Tables:
         fc1=plain(block.mlp.fc1.weight, block.mlp.fc1.bias),
         fc2=plain(block.mlp.fc2.weight, block.mlp.fc2.bias),
     )
-
-
-def _power(size: int) -> int:
-    """The least power of two that is not below a size, nor below 16."""
-    return max(16, 1 << (size - 1).bit_length())

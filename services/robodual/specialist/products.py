@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robodual.specialist.tiles import current, gelu_tanh
+from robodual.device import current
+from robodual.specialist.tiles import gelu_tanh
 
 NONE, EXACT, TANH = 0, 1, 2
 GELUS = {None: NONE, "none": EXACT, "tanh": TANH}

@@ -6,8 +6,7 @@ and values for all blocks, and nothing of the previous frame, whose latents are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from robodual.device import Side
 from robodual.specialist import fusing
 from robodual.specialist.config import SpecialistConfig
 from robodual.specialist.denoiser import Denoiser
@@ -66,12 +66,7 @@ class Step:
         self._proprio = model.proprio_embedder
         self._context = model.context_adapter
         self._sampler = choose_sampler(model, policy.config, fuse)
-        device = model.x_embedder.weight.device
-        # Maps and touch are made on it, beside the frames: neither fills a GPU. What is made on it is used after it was
-        # waited for, and it waits before it makes more.
-        self._side: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._side = Side(model.x_embedder.weight.device)  # for maps and touch, beside the frames: neither fills a GPU
 
     @property
     def is_fused(self) -> bool:
@@ -90,14 +85,13 @@ class Step:
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Actions, float32 [B, 8, 7], and the static frames' latents as the next step needs them, [B, latents, D]."""
         count = len(inputs.noise)
-        with self._beside(inputs.noise.device):
+        with self._side.beside():
             depth, gripper_depth, touch = self._felt(inputs)
             prepared = self._sampler.prepare(inputs.reference, self._proprio(inputs.proprio) + inputs.mean)
         seen = self._see(inputs.pixels)  # [B or 2 B, N, vision width]
         current, following = self._colour(seen[:count]).unbind(1)
         gripper = None if self._gripper_colour is None else self._gripper_colour(seen[count:])[:, 0]
-        if self._side is not None:
-            torch.cuda.current_stream(inputs.noise.device).wait_stream(self._side)
+        self._side.join()
         previous = torch.where(inputs.first, following, inputs.previous)
         parts = (current, previous, depth, gripper, gripper_depth, touch)
         sensors = self._sampler.keys_values(torch.cat([part for part in parts if part is not None], dim=1))
@@ -117,16 +111,6 @@ class Step:
         if self._touch is not None and self._tactile is not None:
             touch = self._tactile(self._touch(needed(inputs.tactile, "rgb_tactile")))
         return depth, gripper_depth, touch
-
-    @contextmanager
-    def _beside(self, device: torch.device) -> Iterator[None]:
-        """Has a GPU do what is in it beside what comes after it."""
-        if self._side is None:
-            yield
-            return
-        self._side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._side):
-            yield
 
 
 def choose_sampler(model: Denoiser, config: SpecialistConfig, fuse: bool = True) -> Sampler:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -82,8 +79,3 @@ def summed_dot(x, weight, PRECISION: tl.constexpr):
 def gelu_tanh(x):
     # (1 + tanh(y)) / 2 is the logistic function of 2 y.
     return x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-
-
-def current(device: torch.device) -> AbstractContextManager[None]:
-    """Makes a GPU the current one, on which Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -93,6 +93,7 @@ class Source:
             dtype=dtype,
             seed=seed,
             quantisation=self.quantisation,
+            static_cache=False,
         )
 
 
