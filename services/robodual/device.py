@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+CHAINS = (9, 0)  # from an H100 on: a kernel may be launched before the one before has ended
+
 
 def choose(name: str) -> torch.device:
     """The device called `name`: auto (CUDA where there is one), cpu, cuda (the first one) or cuda:N; with its number.
@@ -38,6 +40,11 @@ def choose(name: str) -> torch.device:
 def current(device: torch.device) -> AbstractContextManager[None]:
     """Makes a GPU the current one, on which Triton launches; nothing elsewhere."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def can_chain(device: torch.device) -> bool:
+    """Whether kernels may be launched there before those before them have ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CHAINS
 
 
 def padded(size: int) -> int:

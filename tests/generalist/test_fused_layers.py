@@ -16,11 +16,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are read
 pytest.importorskip("triton")
 
-from robodual.generalist import fused, layers, stepping
+from robodual.generalist import fusing, layers, products, stepping
 from robodual.generalist.config import LanguageConfig
 from robodual.generalist.decoding import decode
-from robodual.generalist.fused import FusedLayers, can_fuse, fuse
+from robodual.generalist.fused import FusedLayers
+from robodual.generalist.fusing import Trial, can_fuse, fuse
+from robodual.generalist.greedy import best_tokens
 from robodual.generalist.model import Generalist, build, randomise
+from robodual.generalist.products import Plan, Products, Tile
 from robodual.generalist.quantisation import quantisable, quantise
 from robodual.generalist.stepping import Stepper
 from robodual.generalist.tokens import GENERATED, ROW
@@ -40,28 +43,32 @@ def model(language: LanguageConfig, dtype: torch.dtype = torch.float32) -> Gener
     return made
 
 
-def differences(one: Generalist, other: Generalist, batch: int, count: int) -> list[float]:
-    """How far the kernels of `one` are from the operations of `other`: hidden states, keys, values (relative norms)."""
+def differences(
+    one: Generalist, batch: int, count: int, *, slots: int = SLOTS, front: int = 0, plan: Plan | None = None
+) -> list[float]:
+    """How far the kernels of a model are from its operations: hidden states, keys, values (relative norms)."""
     language = one.config.language
     generator = torch.Generator().manual_seed(batch)
-    shape = language.layers, batch, language.key_value_heads, SLOTS, language.width // language.heads
+    shape = language.layers, batch, language.key_value_heads, slots, language.width // language.heads
 
     def random(*sizes: int) -> torch.Tensor:
         return torch.randn(*sizes, generator=generator).to(DEVICE, one.dtype)
 
     x, keys, values = random(batch, count, language.width), random(*shape), random(*shape)
-    padding = torch.arange(batch, device=DEVICE).unsqueeze(1) * 3
+    padding = torch.arange(batch, device=DEVICE).unsqueeze(1) * 3 + front
     # The last tokens of all are beyond the chunk, at one slot, which nobody reads.
-    slots = (40 - padding + torch.arange(count, device=DEVICE)).clamp(max=40 + count - 2)
-    cos, sin = one.language_model.model.rotary_emb(x, slots - padding)
+    first = 40 + front
+    places = (first - padding + front + torch.arange(count, device=DEVICE)).clamp(max=first + count - 2)
+    cos, sin = one.language_model.model.rotary_emb(x, places - padding)
     half = cos.shape[-1] // 2
     expected = keys.clone(), values.clone()
-    plain = layers.step(other, x, (cos, sin), slots, padding, *expected)
+    plain = layers.step(one, x, (cos, sin), places, padding, *expected)
     kernels = FusedLayers(one)
+    kernels.plan = plan or kernels.plan
     angles = cos[..., :half].contiguous(), sin[..., :half].contiguous()
-    found = kernels(kernels.stream(x.flatten(0, 1).clone()), angles, slots, padding, keys, values)
-    read = slots < slots.max()
-    beyond = int(slots.max())
+    found = kernels(kernels.stream(x.flatten(0, 1).clone()), angles, places, padding, keys, values)
+    read = places < places.max()
+    beyond = int(places.max())
     for cache in (keys, values, *expected):
         cache[..., beyond, :] = 0
     pairs = [(found[read], plain[read]), *zip((keys, values), expected)]
@@ -71,14 +78,25 @@ def differences(one: Generalist, other: Generalist, batch: int, count: int) -> l
 @pytest.mark.parametrize("language", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize(("batch", "count"), [(1, 8), (3, 8), (1, 64), (2, 1)])
 def test_fused_layers_compute_what_the_operations_do(language: LanguageConfig, batch: int, count: int) -> None:
-    one = model(language)
-    assert max(differences(one, one, batch, count)) < 1e-5
+    assert max(differences(model(language), batch, count)) < 1e-5
+
+
+@pytest.mark.parametrize(("slots", "front"), [(64, 0), (320, 130)])
+def test_slots_are_attended_to_in_one_part_or_many_of_which_some_are_padding(slots: int, front: int) -> None:
+    assert max(differences(model(SHAPES["heads in groups"]), 2, 8, slots=slots, front=front)) < 1e-5
+
+
+@pytest.mark.parametrize("language", SHAPES.values(), ids=SHAPES)
+def test_programs_of_any_size_compute_the_same(language: LanguageConfig) -> None:
+    tiles = {name: replace(tile, ahead=0) for name, tile in products.CHAINED.tiles.items()}
+    assert max(differences(model(language), 1, 8, plan=Plan(tiles))) < 1e-5
 
 
 @pytest.mark.parametrize(("way", "constrained"), [("guesses", True), ("drafts", False), ("batch", True)])
 def test_whole_chunks_are_those_of_the_operations(way: str, constrained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":  # fewer programs, which the interpreter runs one after another
-        monkeypatch.setattr(fused, "TILES", dict.fromkeys(fused.TILES, (128, 128, 1, 4)))
+        large = Plan(dict.fromkeys(products.APART.tiles, Tile(128, 128, 1, 4)))
+        monkeypatch.setattr(products, "APART", large)
     one = model(replace(SHAPES["heads of their own"], layers=1))
     plain, stepper = Stepper(one, captures=False), Stepper(one, captures=False)
     plain._fused, stepper._fused = None, FusedLayers(one)
@@ -168,7 +186,8 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_the_operations(
     short = model(language, torch.bfloat16)
     assert can_fuse(short)
     assert fuse(short) is not None
-    assert max(differences(short, short, batch, count)) < 2e-2
+    for plan in products.plans(DEVICE).values():
+        assert max(differences(short, batch, count, plan=plan)) < 2e-2
 
 
 def test_kernels_are_launched_with_the_models_device_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,8 +200,8 @@ def test_kernels_are_launched_with_the_models_device_as_the_current_one(monkeypa
         yield
         entered.pop()
 
-    def watched(name: str) -> Callable[..., object]:
-        method = getattr(FusedLayers, name)
+    def watched(owner: type, name: str) -> Callable[..., object]:
+        method = getattr(owner, name)
 
         def call(*given: object, **named: object) -> object:
             assert entered == [one.device]
@@ -191,11 +210,14 @@ def test_kernels_are_launched_with_the_models_device_as_the_current_one(monkeypa
         return call
 
     one = model(replace(SHAPES["heads of their own"], layers=1))
-    for module in (stepping, fused):
+    for module in (stepping, fusing):
         monkeypatch.setattr(module, "current", current)
-    for name in ("begin", "conclude", "read", "_linear", "_attend"):
-        monkeypatch.setattr(FusedLayers, name, watched(name))
-    monkeypatch.setattr(fused, "can_fuse", lambda model: True)
+    for owner, name in (
+        *((FusedLayers, name) for name in ("begin", "best", "conclude", "read", "_attend")),
+        (Products, "linear"),
+    ):
+        monkeypatch.setattr(owner, name, watched(owner, name))
+    monkeypatch.setattr(fusing, "can_fuse", lambda model: True)
     stepper = Stepper(one, captures=False)
     assert stepper.is_fused
     pixels = torch.zeros(1, 6, *[one.config.towers[0].image_size] * 2, device=DEVICE)
@@ -219,29 +241,102 @@ def test_weights_move_into_one_tensor_and_stay_what_they_were() -> None:
 def test_float8_weights_are_read_as_they_are() -> None:
     one = model(SHAPES["heads of their own"])
     quantise(one, sorted(quantisable(one)), "fp8", DEVICE)
-    assert max(differences(one, one, 1, 8)) < 1e-5
+    assert max(differences(one, 1, 8)) < 1e-5
 
 
-def test_they_are_for_bfloat16_on_a_gpu_and_what_fails_leaves_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize("language", SHAPES.values(), ids=SHAPES)
+def test_the_best_tokens_are_those_of_the_operations(language: LanguageConfig, constrained: bool) -> None:
+    one = model(language)
+    hidden = torch.randn(2, 5, language.width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    assert torch.equal(FusedLayers(one).best(hidden, constrained), best_tokens(one, hidden, constrained))
+
+
+def test_they_are_for_bfloat16_on_a_gpu_and_for_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     one = model(SHAPES["heads of their own"])
     assert not can_fuse(one)
     assert fuse(one) is None
-    monkeypatch.setattr(fused, "can_fuse", lambda model: True)
-    whole = fuse(one)
-    assert whole is not None
+    whole = FusedLayers(one)
     assert whole.takes(64)
     assert not whole.takes(65)
     # A GeForce's programs share 99 kB, an H200's 227.
-    short = FusedLayers(model(SHAPES["heads of their own"], torch.bfloat16))
+    short = Products(DEVICE, torch.bfloat16, 1e-5)
     for shared, most in ((99 << 10, 32), (227 << 10, 64)):
         monkeypatch.setattr(short, "_shared", shared - 4096)
         assert [rows for rows in (8, 16, 32, 64) if short.takes(rows)][-1] == most
 
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where no GPU is needed, what the log says."""
+    told: list[str] = []
+    monkeypatch.setattr(fusing, "can_fuse", lambda model: True)
+    monkeypatch.setattr(fusing.logger, "warning", lambda event, **facts: told.append(f"{event}: {facts}"))
+    return told
+
+
+def test_what_fails_leaves_the_operations(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
     def failing(self: FusedLayers) -> None:
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr(FusedLayers, "try_one", failing)
-    warnings: list[str] = []
-    monkeypatch.setattr(fused.logger, "warning", lambda event, **facts: warnings.append(f"{event}: {facts['reason']}"))
-    assert fuse(one) is None
-    assert warnings == ["decoding runs without fused kernels: RuntimeError: no C compiler"]
+    monkeypatch.setattr(FusedLayers, "try_ends", failing)
+    assert fuse(model(SHAPES["heads of their own"])) is None
+    assert warnings == ["decoding runs without fused kernels: {'reason': 'RuntimeError: no C compiler'}"]
+
+
+def test_values_that_are_not_the_operations_leave_the_operations(
+    monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    add = Products.add
+
+    def wrong(self: Products, name: str, *given: Any) -> Any:
+        stream = add(self, name, *given)
+        return replace(stream, x=stream.x * 1.1)
+
+    monkeypatch.setattr(Products, "add", wrong)
+    assert fuse(model(SHAPES["heads of their own"])) is None
+    assert len(warnings) == 1
+    assert "ArithmeticError: the kernels' values are 0." in warnings[0]
+
+
+def test_the_fastest_plan_that_works_is_chosen(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
+    one = model(replace(SHAPES["heads of their own"], layers=1))
+    slow, fast, failing = (Plan(products.APART.tiles) for _ in range(3))
+    monkeypatch.setattr(products, "plans", lambda device: {"slow": slow, "failing": failing, "fast": fast})
+
+    def time(trial: Trial, fused: FusedLayers) -> float:
+        if fused.plan is failing:
+            raise RuntimeError("cannot be captured")
+        return 2.0 if fused.plan is slow else 1.0
+
+    monkeypatch.setattr(Trial, "milliseconds", time)
+    made = fuse(one)
+    assert made is not None
+    assert made.plan is fast
+    assert len(warnings) == 1
+    assert "failing" in warnings[0]
+    assert "cannot be captured" in warnings[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_bits_depend_neither_on_the_plan_nor_on_how_many_rows_there_are() -> None:
+    one = model(SHAPES["heads of their own"], torch.bfloat16)
+    language, kernels = one.config.language, FusedLayers(one)
+    generator = torch.Generator().manual_seed(0)
+    shape = 2, language.layers, 1, language.key_value_heads, SLOTS, language.width // language.heads
+    x = torch.randn(GENERATED, language.width, generator=generator).to(DEVICE, one.dtype)
+    cache = torch.randn(shape, generator=generator).to(DEVICE, one.dtype)
+    found = []
+    for plan in products.plans(DEVICE).values():
+        kernels.plan = plan
+        for rows in (ROW, GENERATED):
+            slots = (40 + torch.arange(rows, device=DEVICE)).unsqueeze(0)
+            cos, sin = one.language_model.model.rotary_emb(x[None, :rows], slots)
+            half = cos.shape[-1] // 2
+            angles = cos[..., :half].contiguous(), sin[..., :half].contiguous()
+            padding = slots.new_zeros(1, 1)
+            out = kernels(kernels.stream(x[:rows].clone()), angles, slots, padding, *cache.clone())
+            found.append((out[0, :ROW], kernels.best(out, constrained=True)[0, :ROW]))
+    for values, best in found[1:]:
+        assert torch.equal(values, found[0][0])
+        assert torch.equal(best, found[0][1])

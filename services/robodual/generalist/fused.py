@@ -1,50 +1,39 @@
-"""The Llama's layers in a decoding step, by the kernels of kernels.py: where they can be, and how they are launched."""
+"""The Llama's layers in a decoding step, by the kernels of kernels.py. Imports Triton: fusing.py does not."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import structlog
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from robodual.device import current, padded
-from robodual.generalist.joined import Matrix, lay_out, layers_of, linears
+from robodual.device import padded
+from robodual.generalist import end_kernels, kernels
+from robodual.generalist.joined import Matrix, lay_out
 from robodual.generalist.layers import visible
 from robodual.generalist.model import Generalist
-from robodual.generalist.quantisation import Float8Linear
+from robodual.generalist.products import Plan, Products, Stream
 from robodual.generalist.tokens import GENERATED, ROW
 
-logger = structlog.get_logger(__name__)
-
-MOST_ROWS = 64  # beyond, products are no longer bound by the weights' reading, and cuBLAS is as good
-NARROW = 16  # rows up to which the stages are those of `TILES`
-WIDE_STAGES = 3  # and of more
-LEAST_STAGES = 2
-SMALL = 99 * 1024  # bytes that a program can share on the smallest of GPUs from Ampere on
+SEEN = 64  # slots that a program attends to
+FEW = 16  # queries of a program of four warps; eight have more
 TOKENS = 64  # of a prompt that a program rotates
 GATES = 1024  # that a program computes
-WHOLE = 128  # what every size must be a multiple of
-
-# What an H200 was fastest with: columns of a program, depth at once, stages, warps.
-TILES = {"qkv": (32, 128, 4, 4), "out": (32, 256, 4, 4), "gate_up": (64, 128, 3, 4), "down": (32, 256, 4, 4)}
-ATTENTION = (64, 3, 4)  # slots at once, stages, warps
 
 Rotation = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Stream:
-    """The residual stream, and what the next norm needs of it."""
+class Parts:
+    """What attention finds in parts of the slots, of each sequence and key-value head."""
 
-    x: Tensor  # [R, D]
-    normed: Tensor  # [R, D], times the norm's weight, not yet divided
-    squares: Tensor  # float32 [R, S], sums of squares of parts of a row
+    mixtures: Tensor  # float32 [B * K, parts, queries, W], of values
+    weights: Tensor  # float32 [B * K, parts, 2, queries], highest scores and sums of shares
+    ended: Tensor  # int32 [B * K], 0
 
 
 class FusedLayers:
@@ -59,39 +48,42 @@ class FusedLayers:
         self._epsilon = config.rms_epsilon
         self._depths = config.width, config.mlp_width
         self._embeddings = model.language_model.model.embed_tokens.weight.detach()
-        self._shared = _shared_memory(model.device)
+        head, ids = model.language_model.lm_head.weight.detach(), model.config.tokens
+        self._heads_of = {False: Matrix(head, None), True: Matrix(head[ids.action_start : ids.action_end], None)}
+        self._products = Products(model.device, model.dtype, config.rms_epsilon)
         self._frequencies = model.language_model.model.rotary_emb.inv_freq
         self._layers = [
             lay_out(layer) for layer in cast(Sequence[LlamaDecoderLayer], model.language_model.model.layers)
         ]
 
-    def try_one(self) -> None:
-        """Runs the first layer once, which compiles the kernels; raises what goes wrong."""
+    @property
+    def plan(self) -> Plan:
+        """How steps are launched from now on."""
+        return self._products.plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self._products.plan = plan
+
+    def try_ends(self) -> None:
+        """Runs once what is not of a step's layers, which compiles the kernels; raises what goes wrong."""
         weight = self._layers[0].norm1
-        x = weight.new_zeros(1, ROW, len(weight))
-        angles = weight.new_zeros(1, ROW, self._width // 2)
-        cache = weight.new_zeros(1, 1, self._groups, ATTENTION[0], self._width)
         slots = torch.arange(ROW, device=weight.device).unsqueeze(0)
-        tokens = slots.new_zeros(1, GENERATED + 1)
-        stream, rotation, slots = self.begin(tokens, slots[:, :1], slots[0, :1], slots[:, :1], ROW)
-        self(stream, rotation, slots, slots[:, :1].clone(), cache, cache.clone())
-        self.conclude(slots, tokens, slots[:, :1].clone(), slots[0, :1], tokens[0], 0, True)
+        place, tokens = slots[:, :1], slots.new_zeros(1, GENERATED + 1)
+        stream, _, slots = self.begin(tokens, place, slots[0, :1], place, ROW)
+        for constrained in (False, True):
+            best = self.best(stream.x.unsqueeze(0), constrained)
+            self.conclude(best, tokens, place.clone(), slots[0, :1], tokens[0], 0 if constrained else None, True)
         if self.reads:
-            self.read(x, (angles, angles), None, cache, cache.clone())
+            angles = weight.new_zeros(1, ROW, self._width // 2)
+            cache = weight.new_zeros(2, 1, 1, self._groups, SEEN, self._width)
+            self.read(stream.x.unsqueeze(0), (angles, angles), None, *cache)
         if weight.is_cuda:
             torch.cuda.synchronize(weight.device)
 
     def takes(self, rows: int) -> bool:
         """Whether so many rows are what they are for, and fit what a processor of this GPU shares."""
-        return rows <= MOST_ROWS and all(
-            self._fitting(rows, each * (1 + (name == "gate_up")), part) >= LEAST_STAGES
-            for name, (each, part, _, _) in TILES.items()
-        )
-
-    def _fitting(self, rows: int, columns: int, part: int) -> int:
-        """How many parts of so many rows of x, and rows of a weight, fit the memory that a program's threads share."""
-        each = (padded(rows) + columns) * part * self._embeddings.element_size()
-        return int(self._shared // each)
+        return self._products.takes(rows)
 
     def begin(
         self, tokens: Tensor, place: Tensor, length: Tensor, padding: Tensor, count: int
@@ -100,8 +92,6 @@ class FusedLayers:
 
         tokens: int64 [B, 65], place, padding: int64 [B, 1], length: int64 [1], as in stepping.py.
         """
-        from robodual.generalist import end_kernels
-
         table, norm = self._embeddings, self._layers[0].norm1
         (batch, every), width, half = tokens.shape, table.shape[1], self._width // 2
         rows = batch * count
@@ -143,8 +133,6 @@ class FusedLayers:
         refining: bool,
     ) -> None:
         """Keeps the guesses that are right. best: int64 [B, N], counted from the token `first` on; None: all tokens."""
-        from robodual.generalist import end_kernels
-
         batch, count = best.shape
         end_kernels.conclude[(batch,)](
             best,
@@ -162,6 +150,13 @@ class FusedLayers:
             REFINING=refining,
         )
 
+    def best(self, hidden: Tensor, constrained: bool) -> Tensor:
+        """`greedy.best_tokens`; bits of one state's answer do not depend on how many there are."""
+        (batch, count, width), head = hidden.shape, self._heads_of[constrained]
+        logits = hidden.new_empty(batch * count, len(head.weight))
+        self._products.linear("head" if constrained else "qkv", hidden.reshape(-1, width), head, logits)
+        return logits.argmax(dim=-1).view(batch, count)
+
     def stream(self, x: Tensor) -> Stream:
         """The stream of tokens x [R, D], which it will write to."""
         return Stream(x, x * self._layers[0].norm1, x.float().square().sum(dim=1, keepdim=True))
@@ -178,13 +173,14 @@ class FusedLayers:
         (rows, width), inner = x.shape, self._heads * self._width
         qkv = x.new_empty(rows, inner + 2 * self._groups * self._width)
         mixed, hidden = x.new_empty(rows, inner), x.new_empty(rows, self._depths[1])
+        parts = self._parts(batch, count, keys.shape[3])
         after = [*(layer.norm1 for layer in self._layers[1:]), self._layers[0].norm1]  # the last is not read
         for layer, following, own_keys, own_values in zip(self._layers, after, keys, values):
-            self._linear("qkv", stream.normed, layer.qkv, qkv, squares=stream.squares)
-            self._attend(qkv, own_keys, own_values, cos, sin, slots, padding, mixed, count)
-            stream = self._add("out", mixed, layer.out, stream.x, layer.norm2)
-            self._linear("gate_up", stream.normed, layer.gate_up, hidden, squares=stream.squares, gated=True)
-            stream = self._add("down", hidden, layer.down, stream.x, following)
+            self._products.linear("qkv", stream.normed, layer.qkv, qkv, squares=stream.squares)
+            self._attend(qkv, own_keys, own_values, cos, sin, slots, padding, parts, mixed)
+            stream = self._products.add("out", mixed, layer.out, stream.x, layer.norm2)
+            self._products.linear("gate_up", stream.normed, layer.gate_up, hidden, squares=stream.squares, gated=True)
+            stream = self._products.add("down", hidden, layer.down, stream.x, following)
         return stream.x.view(batch, count, width)
 
     @property
@@ -200,8 +196,6 @@ class FusedLayers:
         angles: the rotation's cosines and sines [B, T, W / 2]; mask: bool [B, T], False where a row is padded in front,
         or None where none is; keys, values: [layers, B, K, M, W].
         """
-        from robodual.generalist import kernels
-
         batch, count, width = x.shape
         rows, (columns, slots) = batch * count, (self._depths[1], keys.shape[3])
         cos, sin = (tensor.contiguous() for tensor in angles)
@@ -240,57 +234,18 @@ class FusedLayers:
             x = torch.addmm(x, hidden, layer.down.weight.T)
         return x.view(batch, count, width)
 
-    def _add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, norm: Tensor) -> Stream:
-        """The residual stream after a product is added, ready for the norm of that weight."""
-        rows, columns = residual.shape
-        sums = torch.empty(rows, columns // _divisor(columns, TILES[name][0]), device=x.device)
-        stream = Stream(residual, torch.empty_like(residual), sums)
-        self._linear(name, x, matrix, residual, stream=stream, norm=norm)
-        return stream
-
-    def _linear(
-        self,
-        name: str,
-        x: Tensor,
-        matrix: Matrix,
-        out: Tensor,
-        *,
-        squares: Tensor | None = None,
-        stream: Stream | None = None,
-        norm: Tensor | None = None,
-        gated: bool = False,
-    ) -> None:
-        from robodual.generalist import kernels
-
-        (rows, depth), columns = x.shape, out.shape[1]
-        each, part, stages, warps = TILES[name]
-        each, part = _divisor(columns, each), _divisor(depth, part)
-        stages = min(stages if rows <= NARROW else WIDE_STAGES, self._fitting(rows, each * (1 + gated), part))
-        kernels.linear[(columns // each,)](
-            x,
-            matrix.weight,
-            matrix.weight if matrix.scale is None else matrix.scale,
-            squares,
-            out,
-            norm,
-            out,
-            None if stream is None else stream.normed,
-            None if stream is None else stream.squares,
-            rows,
-            columns,
-            self._epsilon,
-            DEPTH=depth,
-            NORMED=squares is not None,
-            SUMS=1 if squares is None else squares.shape[1],
-            MOST_SUMS=1 if squares is None else padded(squares.shape[1]),
-            GATED=gated,
-            ADDED=stream is not None,
-            SCALED=matrix.scale is not None,
-            ROWS=padded(rows),
-            COLUMNS=each,
-            PART=part,
-            STAGES=stages,
-            num_warps=warps,
+    def _parts(self, batch: int, count: int, slots: int) -> Parts:
+        """Where attention leaves what it finds in parts of so many slots."""
+        pairs, parts, queries = (
+            batch * self._groups,
+            -(-slots // SEEN),
+            padded(count * self._heads // self._groups),
+        )
+        device = self._embeddings.device
+        return Parts(
+            mixtures=torch.empty(pairs, parts, queries, self._width, device=device),
+            weights=torch.empty(pairs, parts, 2, queries, device=device),
+            ended=torch.zeros(pairs, dtype=torch.int32, device=device),
         )
 
     def _attend(
@@ -302,15 +257,12 @@ class FusedLayers:
         sin: Tensor,
         slots: Tensor,
         padding: Tensor,
+        parts: Parts,
         out: Tensor,
-        count: int,
     ) -> None:
-        from robodual.generalist import kernels
-
-        batch, groups, length, width = keys.shape
-        part, stages, warps = ATTENTION
-        stages = stages if count <= NARROW else LEAST_STAGES
-        kernels.attention[(batch * groups,)](
+        (groups, length, width), count = keys.shape[1:], slots.shape[1]
+        pairs, number, queries, _ = parts.mixtures.shape
+        kernels.attention[(pairs, number)](
             qkv,
             keys,
             values,
@@ -318,6 +270,9 @@ class FusedLayers:
             sin,
             slots,
             padding,
+            parts.mixtures,
+            parts.weights,
+            parts.ended,
             out,
             width**-0.5,
             HEADS=self._heads,
@@ -325,50 +280,12 @@ class FusedLayers:
             WIDTH=width,
             SLOTS=length,
             COUNT=count,
-            QUERIES=padded(count * (self._heads // groups)),
+            QUERIES=queries,
             NEW=padded(count),
-            PART=part,
-            STAGES=stages,
-            num_warps=warps,
+            PART=SEEN,
+            PARTS=number,
+            MOST_PARTS=padded(number),
+            CHAINED=self.plan.chained,
+            num_warps=4 if queries <= FEW else 8,
+            **self.plan.options,
         )
-
-
-def fuse(model: Generalist) -> FusedLayers | None:
-    """The model's layers by kernels, where that can be and a first run of them succeeds."""
-    if not can_fuse(model):
-        return None
-    try:
-        layers = FusedLayers(model)
-        with current(model.device):
-            layers.try_one()
-    except Exception as error:  # a compiler, a cache folder, a driver: PyTorch's operations need none of them
-        logger.warning("decoding runs without fused kernels", reason=f"{type(error).__name__}: {error}")
-        return None
-    return layers
-
-
-def can_fuse(model: Generalist) -> bool:
-    """Whether the model's layers are such as the kernels read: on a GPU, in bfloat16, plain or float8, with Triton."""
-    config = model.config.language
-    sizes = config.width, config.mlp_width, config.key_value_heads * (config.width // config.heads)
-    kinds = {type(module) for layer in layers_of(model) for module in linears(layer)}
-    return (
-        model.device.type == "cuda"
-        and model.dtype == torch.bfloat16
-        and all(size % WHOLE == 0 for size in sizes)
-        and config.width // config.heads in (32, 64, 128, 256)
-        and (kinds == {nn.Linear} or kinds == {Float8Linear})
-        and importlib.util.find_spec("triton") is not None
-    )
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest power of two up to `most` that divides it."""
-    return min(most, size & -size)
-
-
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program can share, less what compilers take for themselves."""
-    if device.type != "cuda":
-        return 1 << 30
-    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SMALL)) - 4096

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import structlog
 import torch
@@ -22,11 +22,14 @@ from transformers.cache_utils import DynamicLayer
 from robodual.capture import Recorder, Shapes
 from robodual.device import Side, current
 from robodual.generalist import layers
-from robodual.generalist.fused import FusedLayers, fuse
-from robodual.generalist.greedy import best_tokens, chunk_layout, greedy
+from robodual.generalist.fusing import fuse
+from robodual.generalist.greedy import chunk_layout, greedy
 from robodual.generalist.model import Generalist
 from robodual.generalist.tokens import GENERATED, ROW
 from robodual.graphs import Graphs
+
+if TYPE_CHECKING:
+    from robodual.generalist.fused import FusedLayers
 
 logger = structlog.get_logger(__name__)
 
@@ -327,5 +330,5 @@ def _fused_step(
         x = fused(stream, rotation, slots, state.padding, state.keys, state.values)
         x = layers.normed(model.language_model.model.norm, x)
         state.hidden.scatter_(1, (slots - state.length).unsqueeze(2).expand_as(x), x)
-        best = best_tokens(model, x, constrained)
+        best = fused.best(x, constrained)
         fused.conclude(best, state.tokens, state.place, state.limit, state.layout, first, refining)

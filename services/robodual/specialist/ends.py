@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from robodual.chained import wait
 from robodual.specialist.tiles import (
     ACTION,
     CHUNK,
@@ -15,7 +16,6 @@ from robodual.specialist.tiles import (
     read_weight,
     rows_of_request,
     summed_dot,
-    wait,
 )
 
 

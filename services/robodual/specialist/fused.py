@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robodual.device import current, padded
+from robodual.device import can_chain, current, padded
 from robodual.specialist import ends, kernels
 from robodual.specialist.config import ACTION, CHUNK, SpecialistConfig
 from robodual.specialist.denoiser import Block, Denoiser
-from robodual.specialist.fusing import can_chain
 from robodual.specialist.sampler import PARTS, Prepared, Sampler, fold_cross
 
 WIDE = 16  # columns of a program's product

@@ -13,7 +13,6 @@ from robodual.specialist.config import SpecialistConfig
 logger = structlog.get_logger(__name__)
 
 CAPABILITY = (8, 0)  # from an A100 on: tensor cores that take TF32
-CHAINS = (9, 0)  # from an H100 on: a kernel may be launched before the one before has ended
 
 
 @functools.cache
@@ -48,11 +47,6 @@ def _try(device: torch.device) -> str:
     except Exception as error:  # Triton's own, its compiler's, the system's
         return f"Triton's first kernel failed: {type(error).__name__}: {error}"
     return "" if found == 16**3 else f"Triton's first kernel gave {found}, not {16**3}"
-
-
-def can_chain(device: torch.device) -> bool:
-    """Whether kernels may be launched there before those before them have ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CHAINS
 
 
 def can_fuse(config: SpecialistConfig) -> bool:

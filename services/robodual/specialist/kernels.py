@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from robodual.chained import wait
 from robodual.specialist.tiles import (
     CHUNK,
     HIDDEN,
@@ -28,7 +29,6 @@ from robodual.specialist.tiles import (
     read_weight,
     rows_of_request,
     summed_dot,
-    wait,
 )
 
 

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 TILE = tl.constexpr(16)  # rows of a program
 CHUNK = tl.constexpr(8)  # actions in a chunk
 ACTION = tl.constexpr(7)
 HIDDEN = tl.constexpr(-1e30)  # the score of what must not be seen: finite, so that no difference of two is NaN
-
-
-@triton.jit
-def wait(CHAINED: tl.constexpr):
-    """Waits until the kernel before has ended. Only then may the next one start: when it does, all older ones have."""
-    if CHAINED:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

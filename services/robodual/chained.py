@@ -1,0 +1,15 @@
+"""What Triton kernels that may start before the one before them has ended have in common."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait(CHAINED: tl.constexpr):
+    """Waits until the kernel before has ended. Only then may the next one start: when it does, all older ones have."""
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()

@@ -1,0 +1,126 @@
+"""Whether a decoding step's layers run by Triton's kernels, and by which plan; without importing Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from typing import TYPE_CHECKING
+
+import structlog
+import torch
+from torch import Tensor, nn
+
+from robodual.capture import Recorder
+from robodual.device import current
+from robodual.generalist import layers
+from robodual.generalist.joined import layers_of, linears
+from robodual.generalist.model import Generalist
+from robodual.generalist.quantisation import Float8Linear
+from robodual.generalist.tokens import ROW
+
+if TYPE_CHECKING:
+    from robodual.generalist.fused import FusedLayers
+
+logger = structlog.get_logger(__name__)
+
+WHOLE = 128  # what every size must be a multiple of
+APART = 0.05  # how far what kernels give may be from what the operations give, which in bfloat16 is 0.01
+RUNS = 9  # of which the median is a plan's time
+SLOTS = 384  # of the cache that plans are tried with, a usual prompt's
+
+
+def fuse(model: Generalist) -> FusedLayers | None:
+    """The model's layers by kernels, where that can be and gives what the operations give; by the fastest plan."""
+    if not can_fuse(model):
+        return None
+    with current(model.device):
+        try:
+            from robodual.generalist.fused import FusedLayers  # it imports Triton
+            from robodual.generalist.products import plans
+
+            fused = FusedLayers(model)
+            fused.try_ends()
+        except Exception as error:  # a compiler, a cache folder, a driver: PyTorch's operations need none of them
+            logger.warning("decoding runs without fused kernels", reason=_told(error))
+            return None
+        times, trial = {}, Trial(model)
+        for name, plan in plans(model.device).items():
+            fused.plan = plan
+            try:
+                if not (apart := trial.distance(fused)) <= APART:
+                    raise ArithmeticError(f"the kernels' values are {apart:.2g} of their norm from the operations'")
+                times[name] = trial.milliseconds(fused)
+            except Exception as error:
+                logger.warning("decoding does without a plan for fused kernels", plan=name, reason=_told(error))
+        if not times:
+            return None
+        chosen = min(times, key=times.__getitem__)
+        fused.plan = plans(model.device)[chosen]
+    logger.info("decoding runs by fused kernels", plan=chosen, ms={name: round(ms, 3) for name, ms in times.items()})
+    return fused
+
+
+def can_fuse(model: Generalist) -> bool:
+    """Whether the model's layers are such as the kernels read: on a GPU, in bfloat16, plain or float8, with Triton."""
+    config = model.config.language
+    sizes = config.width, config.mlp_width, config.key_value_heads * (config.width // config.heads)
+    kinds = {type(module) for layer in layers_of(model) for module in linears(layer)}
+    return (
+        model.device.type == "cuda"
+        and model.dtype == torch.bfloat16
+        and all(size % WHOLE == 0 for size in sizes)
+        and config.width // config.heads in (32, 64, 128, 256)
+        and (kinds == {nn.Linear} or kinds == {Float8Linear})
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+class Trial:
+    """A usual step to try kernels with: a row of tokens after a prompt, with random values."""
+
+    def __init__(self, model: Generalist) -> None:
+        self._model = model
+        config, device = model.config.language, model.device
+        generator = torch.Generator(device).manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(model.dtype)
+
+        self._x = random(1, ROW, config.width)
+        self._cache = random(2, 1, 1, config.key_value_heads, SLOTS, config.width // config.heads)  # of one layer
+        self._slots = SLOTS - 2 * ROW + torch.arange(ROW, device=device).unsqueeze(0)
+        self._padding = self._slots.new_zeros(1, 1)
+        self._angles = model.language_model.model.rotary_emb(self._x, self._slots)
+
+    def distance(self, fused: FusedLayers) -> float:
+        """How far the first layer's values by kernels are from those by PyTorch's operations, of their norm."""
+        cache = self._cache.clone()
+        expected = layers.step(self._model, self._x, self._angles, self._slots, self._padding, *cache)
+        return float((self.run(fused, 1) - expected).norm() / expected.norm())
+
+    def run(self, fused: FusedLayers, count: int) -> Tensor:
+        """The values [1, 8, D] after so many layers by kernels, which share their keys and values."""
+        cos, sin = (angle[..., : angle.shape[-1] // 2].contiguous() for angle in self._angles)
+        cache = self._cache.expand(-1, count, *self._cache.shape[2:])
+        stream = fused.stream(self._x.flatten(0, 1).clone())
+        return fused(stream, (cos, sin), self._slots, self._padding, *cache)
+
+    def milliseconds(self, fused: FusedLayers) -> float:
+        """The time of all layers by kernels, captured as steps are, the median of some; 0 where there is no GPU."""
+        if self._model.device.type != "cuda":
+            return 0.0
+        count = self._model.config.language.layers
+        graph, _ = Recorder(self._model.device)(lambda: self.run(fused, count))
+        times: list[float] = []
+        for _ in range(RUNS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return statistics.median(times)
