@@ -43,13 +43,17 @@ def fuse(model: Generalist) -> FusedLayers | None:
         except Exception as error:  # a compiler, a cache folder, a driver: PyTorch's operations need none of them
             logger.warning("decoding runs without fused kernels", reason=_told(error))
             return None
-        times, trial = {}, Trial(model)
+        times, trial, expected = {}, Trial(model), None
         for name, plan in plans(model.device).items():
             fused.plan = plan
             try:
                 if not (apart := trial.distance(fused)) <= APART:
                     raise ArithmeticError(f"the kernels' values are {apart:.2g} of their norm from the operations'")
-                times[name] = trial.milliseconds(fused)
+                milliseconds, values = trial.repeat(fused)
+                expected = values if expected is None else expected
+                if not torch.equal(values, expected):
+                    raise ArithmeticError("the kernels' values are not those of the plan before, bit for bit")
+                times[name] = milliseconds
             except Exception as error:
                 logger.warning("decoding does without a plan for fused kernels", plan=name, reason=_told(error))
         if not times:
@@ -109,18 +113,24 @@ class Trial:
         stream = fused.stream(self._x.flatten(0, 1).clone())
         return fused(stream, (cos, sin), self._slots, self._padding, *cache)
 
-    def milliseconds(self, fused: FusedLayers) -> float:
-        """The time of all layers by kernels, captured as steps are, the median of some; 0 where there is no GPU."""
-        if self._model.device.type != "cuda":
-            return 0.0
+    def repeat(self, fused: FusedLayers) -> tuple[float, Tensor]:
+        """The median time in milliseconds of all layers by kernels, captured as steps are, and their values of some
+        tokens, others each time: [runs, 1, 8, D]. Where there is no GPU, 0 and one run.
+        """
         count = self._model.config.language.layers
-        graph, _ = Recorder(self._model.device)(lambda: self.run(fused, count))
+        if self._model.device.type != "cuda":
+            return 0.0, self.run(fused, count).unsqueeze(0)
+        graph, values = Recorder(self._model.device)(lambda: self.run(fused, count))
         times: list[float] = []
+        found: list[Tensor] = []
         for _ in range(RUNS):
+            self._x.copy_(self._x.roll(1, dims=-1))
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             graph.replay()
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end))
-        return statistics.median(times)
+            found.append(values.clone())
+        self._x.copy_(self._x.roll(-RUNS, dims=-1))
+        return statistics.median(times), torch.stack(found)
