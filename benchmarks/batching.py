@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import grpc
 import numpy as np
 from benchmarks import measurement
-from benchmarks.robots import observation
+from benchmarks.robots import endpoints, observation
 
 from robodual.conditioning.store import Store
 from robodual.pair import Options, Pair
@@ -39,8 +39,9 @@ class Specialist:
     """Sessions of one pair that take steps on the conditioning of their first."""
 
     def __init__(self, pair: Pair, sessions: int) -> None:
+        services = endpoints(pair.addresses)
         self._clients = [
-            AsyncDualSystemClient(**pair.addresses, session=f"robot-{number}", schedule=ALWAYS, seed=number)
+            AsyncDualSystemClient(*services, session=f"robot-{number}", schedule=ALWAYS, seed=number)
             for number in range(sessions)
         ]
         self._observations = [observation(number) for number in range(sessions)]
@@ -102,11 +103,12 @@ class Generalist:
         await self._store.close()
 
 
-SERVICES = {"specialist": Specialist, "generalist": Generalist}
+Crew = type[Specialist] | type[Generalist]
+SERVICES: dict[str, Crew] = {"specialist": Specialist, "generalist": Generalist}
 
 
 async def compare(
-    kind: type[Specialist] | type[Generalist], pairs: dict[str, Pair], options: argparse.Namespace
+    kind: Crew, pairs: dict[str, Pair], options: argparse.Namespace
 ) -> tuple[list[measurement.Row], float]:
     """Milliseconds an answer by pair, the first the baseline, and how far their answers are apart at most."""
     times: dict[str, list[float]] = {name: [] for name in pairs}

@@ -119,7 +119,8 @@ class Plain:
     async def _poll(self) -> bytes:
         while (found := await self._reader.get(SESSION)) is None:
             await asyncio.sleep(POLL)
-        return bytes(found)
+        assert isinstance(found, bytes)
+        return found
 
     async def run(self, made: Conditioning) -> Stages:
         reading = asyncio.ensure_future(self._poll())
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = draw(engine.width, options.length)
         sizes[profile] = len(codec.encode(made, SESSION))
         with nullcontext() if options.redis_url else EmbeddedServer() as server:
-            url = options.redis_url or server.url
+            url = options.redis_url if server is None else server.url
             own = asyncio.run(measure(url, engine, made, options.rounds))
         rows += [measurement.Row(f"{profile}, {row.name}", row.median, row.p99, row.ratio) for row in own]
         title = f"conditioning {profile}: {options.length} x {engine.width}, {sizes[profile]} bytes, {options.device}"

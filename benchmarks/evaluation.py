@@ -16,7 +16,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def overhead(rounds: int, steps: int) -> list[measurement.Row]:
     """Milliseconds between steps, by how the observation travels; unary calls are the baseline."""
     milliseconds: dict[str, list[float]] = {"a call a step": [], "ActStream": []}
     simulator: list[float] = []
-    with services() as address, Timed() as env:
+    with services() as address, closing(Timed()) as env:
         for _ in range(rounds):
             for name, stream in (("a call a step", False), ("ActStream", True)):
                 env.times.clear()
@@ -135,12 +136,12 @@ def overhead(rounds: int, steps: int) -> list[measurement.Row]:
 def workers(rounds: int, sequences: int, steps: int) -> list[measurement.Row]:
     """Milliseconds a sequence with one and with two workers, processes started and ended."""
     milliseconds: dict[int, list[float]] = {1: [], 2: []}
-    settings = {"policy": "zero", "env_options": {"render": True}, "numbers": tuple(range(sequences)), "ep_len": steps}
+    run = partial(Options, policy="zero", env_options={"render": True}, numbers=tuple(range(sequences)), ep_len=steps)
     for _ in range(rounds):
         for count, own in milliseconds.items():
             with tempfile.TemporaryDirectory() as folder:
                 began = time.perf_counter()
-                evaluate(Options(out=Path(folder), workers=count, **settings), Silent())
+                evaluate(run(out=Path(folder), workers=count), Silent())
                 own.append((time.perf_counter() - began) * 1e3 / sequences)
     return [
         measurement.Row(

@@ -44,11 +44,11 @@ WORDS = 24  # tokens of a usual prompt
 Given = Callable[[int], Batch]
 
 
-class Living(TorchDispatchMode):
+class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the tensors that live, and the most that lived at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._known: dict[int, int] = {}
 
@@ -94,7 +94,7 @@ def step(learner: Learner[Batch], model: nn.Module, batch: Batch) -> tuple[float
 def without_values() -> Iterator[None]:
     """Tensors that are made within have no values."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    mode.may_turn_const = lambda value: False  # type: ignore[method-assign]  # nor small ones
+    mode.may_turn_const = lambda t: False  # type: ignore[method-assign]  # nor small ones
     # Tokens become actions by their values, on the host.
     with mode, patch.object(conditioner, "chunks", lambda tokens, ids: torch.empty(len(tokens), 8, 7)):
         yield
@@ -105,7 +105,8 @@ def without_values() -> Iterator[None]:
 def materialise(module: nn.Module) -> None:
     """Gives a module tensors in the place of those on the meta device."""
     for part in module.modules():
-        for held in (part._parameters, part._buffers):
+        holders: tuple[dict[str, Any], ...] = part._parameters, part._buffers
+        for held in holders:
             for name, value in held.items():
                 if value is not None and value.is_meta:
                     empty = torch.empty(value.shape, dtype=value.dtype)

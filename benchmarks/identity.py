@@ -14,7 +14,7 @@ from robodual.generalist.decoding import Decoded, decode
 from robodual.generalist.engine import GeneralistEngine
 from robodual.generalist.tokens import ROW
 from robodual.profiles import shipped
-from robodual_client.calvin import annotations
+from robodual_client.calvin.annotations import load
 from robodual_client.calvin.sequences import published
 
 WORDS = [
@@ -63,7 +63,7 @@ def glances(profile: str, count: int, seed: int = 0) -> tuple[list[np.ndarray], 
         return frames, [" ".join(random.choice(WORDS, random.integers(1, 10))) for _ in range(count)]
     from robodual_client.playtable.environment import PlayTable  # which needs a simulator
 
-    env, instructions, sequences = PlayTable(), annotations.load(), published()[:count]
+    env, instructions, sequences = PlayTable(), load(), published()[:count]
     try:
         scenes = [dict(zip(("robot_obs", "scene_obs"), sequence.observations())) for sequence in sequences]
         frames = [env.reset(**scene)["rgb_obs"]["rgb_static"] for scene in scenes]

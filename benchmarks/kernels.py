@@ -16,7 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from benchmarks import measurement
@@ -45,9 +45,9 @@ SIZES: dict[str, tuple[int, ...]] = {
 
 def milliseconds(run: Callable[[], object]) -> float:
     """The median time of a GPU's work."""
-    times = []
+    times: list[float] = []
     for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         run()
         end.record()
@@ -73,7 +73,8 @@ def tuned(plan: Plan, measure: Callable[[Plan], float]) -> Plan:
     for name in ("gate_up", "qkv", "down", "out"):
         for size, values in SIZES.items():
             for value in values if size != "ahead" or plan.chained else ():
-                tile = replace(plan.tiles[name], **{size: value})
+                change: dict[str, Any] = {size: value}
+                tile = replace(plan.tiles[name], **change)
                 other = replace(plan, tiles={**plan.tiles, name: tile})
                 if tile != plan.tiles[name] and (found := measure(other)) < best:
                     best, plan = found, other

@@ -47,7 +47,7 @@ def write(folder: Path, config: GeneralistConfig, shards: int) -> list[Path]:
     model = build(config, attention="sdpa", dtype=torch.bfloat16)
     names = list(model.state_dict())
     files = []
-    placed = {}
+    placed: dict[str, str] = {}
     for number, part in enumerate(np.array_split(np.array(names), shards), start=1):
         path = folder / f"model-{number:05d}-of-{shards:05d}.safetensors"
         sizes = {name: model.state_dict()[name].shape for name in map(str, part)}

@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +35,28 @@ class Row:
     median: float
     p99: float
     ratio: float
+
+
+class Recorded(Protocol):
+    """A row of a record: any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class Timed(Recorded, Protocol):
+    """A row that can be drawn and compared: `Row`, or a benchmark's own that says more."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def median(self) -> float: ...
+
+    @property
+    def p99(self) -> float: ...
+
+    @property
+    def ratio(self) -> float: ...
 
 
 def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> list[Row]:
@@ -117,14 +140,14 @@ def machine(packages: Sequence[str]) -> dict[str, object]:
     }
 
 
-def write(path: Path, name: str, rows: Sequence[Row], **facts: object) -> None:
+def write(path: Path, name: str, rows: Sequence[Recorded], **facts: object) -> None:
     """Writes a record as JSON."""
     record = {"benchmark": name, "rows": [asdict(row) for row in rows], **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def regressions(path: Path, rows: Sequence[Row]) -> list[str]:
+def regressions(path: Path, rows: Sequence[Timed]) -> list[str]:
     """The contenders whose ratio to the baseline has fallen against an earlier record's; times are not compared."""
     earlier = {row["name"]: row["ratio"] for row in json.loads(path.read_text())["rows"]}
     if not earlier.keys() & {row.name for row in rows}:
@@ -136,7 +159,7 @@ def regressions(path: Path, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
+def plot(path: Path, title: str, rows: Sequence[Timed]) -> None:
     """Draws each row's median as a bar, with a line from it to the p99, in the format that `path` ends in.
 
     Rows without a time, which could not be measured, are left out.
@@ -184,7 +207,7 @@ def _record(name: str) -> Path:
 
 
 def conclude(
-    options: argparse.Namespace, name: str, title: str, rows: Sequence[Row], packages: Sequence[str], **facts: object
+    options: argparse.Namespace, name: str, title: str, rows: Sequence[Timed], packages: Sequence[str], **facts: object
 ) -> int:
     """Writes and compares as the flags of `add_outputs` say; returns the exit status, 1 for a ratio that has fallen."""
     if options.json:

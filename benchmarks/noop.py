@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from robodual.facts import EngineFacts
 from robodual.generalist import service as generalist
 from robodual.generalist.engine import GeneralistEngine, Thought
+from robodual.generalist.processor import Processor
 from robodual.serving import server
 from robodual.serving.settings import GeneralistSettings, SpecialistSettings
 from robodual.specialist import service as specialist
@@ -28,15 +29,28 @@ LENGTH, WIDTH = 90, 4096
 FACTS = EngineFacts("noop", "none", "cpu", "float32", 0, 0)
 
 
+class NoProcessor(Processor):
+    def __init__(self) -> None:
+        pass
+
+    def prompt(self, instruction: str) -> list[int]:
+        return [0]
+
+
 class NoGeneralist(GeneralistEngine):
     def __init__(self) -> None:
         self.facts, self.width = FACTS, WIDTH
         self.captures = False
-        self.processor = SimpleNamespace(prompt=lambda instruction: [0])
+        self.processor = NoProcessor()
         states = torch.zeros((LENGTH, WIDTH), dtype=torch.bfloat16)
         self._thought = Thought(np.zeros((8, 7), np.float32), states, malformed_tokens=0, forwards=0)
 
-    def think(self, frames: Sequence[object], instructions: Sequence[str], drafts: Sequence[object] = ()) -> list:
+    def think(
+        self,
+        frames: Sequence[npt.NDArray[np.uint8]],
+        instructions: Sequence[str],
+        drafts: Sequence[npt.NDArray[np.floating] | None] = (),
+    ) -> list[Thought]:
         return [self._thought] * len(frames)
 
 

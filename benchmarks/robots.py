@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,12 @@ class Log:
             setattr(self, name, getattr(self, name) + value)
 
 
-def observation(number: int) -> dict[str, object]:
+def endpoints(addresses: Mapping[str, str]) -> tuple[str, str]:
+    """Of a pair's addresses by name, the generalist's and the specialist's: a client's first arguments."""
+    return addresses["generalist"], addresses["specialist"]
+
+
+def observation(number: int) -> dict[str, Any]:
     """CALVIN's observation, of noise."""
     draw = np.random.default_rng(number)
     return {
@@ -84,7 +90,8 @@ def work(drill: Drill) -> tuple[Log, float, int]:
 
 async def _run(drill: Drill) -> tuple[Log, float]:
     assert _barrier is not None
-    clients = [AsyncDualSystemClient(**drill.addresses, schedule=drill.schedule, seed=0) for _ in drill.phases]
+    services = endpoints(drill.addresses)
+    clients = [AsyncDualSystemClient(*services, schedule=drill.schedule, seed=0) for _ in drill.phases]
     observations = [observation(number) for number in range(FRAMES)]
     total = Log()
     try:
@@ -107,7 +114,9 @@ async def _run(drill: Drill) -> tuple[Log, float]:
         await asyncio.gather(*(client.close() for client in clients), return_exceptions=True)
 
 
-async def _drive(client: AsyncDualSystemClient, observations: Sequence[dict], start: float, drill: Drill) -> Log:
+async def _drive(
+    client: AsyncDualSystemClient, observations: Sequence[dict[str, Any]], start: float, drill: Drill
+) -> Log:
     """One robot. An answer that is late takes the place of the steps that went by, as on a robot that cannot wait."""
     log, step, in_force, conditioning = Log(), 0, 0, -1
     last = drill.warmup + drill.steps

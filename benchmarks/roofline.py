@@ -46,12 +46,14 @@ MEGABYTES = {"cpu": 512, "cuda": 4096}  # to read, for the bandwidth
 PACKED = torch.ops.mkldnn._linear_pointwise
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
+Runs = dict[str, Callable[[], Any]]
 
-class Counter(TorchDispatchMode):
+
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the arithmetic of products, convolutions and attentions, and the bytes that they read and write."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops, self.bytes = 0, 0
 
     def __torch_dispatch__(
@@ -97,9 +99,7 @@ def numbers(stage: Stage) -> tuple[float, ...]:
     return stage.gigaflops, stage.megabytes, stage.bound, stage.median, stage.p99, stage.near
 
 
-def specialist_stages(
-    engine: SpecialistEngine, context_length: int
-) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+def specialist_stages(engine: SpecialistEngine, context_length: int) -> tuple[Runs, Runs]:
     """One step's parts, of all sensors but the tactile one, and the whole step last.
 
     Also what is counted in the place of a stage: a graph that is replayed shows no operations, nor do Triton's kernels.
@@ -114,7 +114,7 @@ def specialist_stages(
 
     pixels, maps = prepare()
     encoders = policy.vision_encoder, needed(policy.depth_encoder, "depth encoder")
-    see, feel = map(Encoder, encoders)
+    see, feel = (Encoder(encoder) for encoder in encoders)
     sampler = choose_sampler(model, policy.config)
     adapters = [ColourLatents(needed(m, "adapter")) for m in (model.visual_adapter, model.gripper_visual_adapter)]
     map_adapters = [MapLatents(needed(m, "adapter")) for m in (model.depth_adapter, model.gripper_depth_adapter)]
@@ -130,7 +130,7 @@ def specialist_stages(
     start = preparation.vectors([request.noise])
     reference = preparation.vectors([request.reference_actions])
     conditioning = request.conditioning.mean[None]
-    stages = {
+    stages: Runs = {
         "frames to the encoders": prepare,
         "vision encoder": partial(see, pixels),
         "depth encoder": partial(feel, maps),
@@ -151,18 +151,18 @@ def specialist_stages(
     }
 
 
-def generalist_stages(engine: GeneralistEngine) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+def generalist_stages(engine: GeneralistEngine) -> tuple[Runs, Runs]:
     """Vision with the projector; a conditioning on either cache.
 
     Also what is counted in the place of a stage: a graph that is replayed shows no operations, nor do Triton's kernels.
     """
     pixels, prompts = identity.inputs(engine, *identity.glances(engine.facts.profile, 1))
     conditioning = partial(decode, engine.model, pixels, prompts, constrained=True)
-    stages: dict[str, Callable[[], Any]] = {"vision and projector": partial(engine.model.see, pixels)}
+    stages: Runs = {"vision and projector": partial(engine.model.see, pixels)}
     stages["a conditioning, dynamic cache"] = conditioning
     if engine.stepper is None:
         return stages, {}
-    counted = {}
+    counted: Runs = {}
     uncaptured = Stepper(engine.model, captures=False, fuses=False)
     for how, way in {"": conditioning, ", speculation": partial(conditioning, guessing=True, window=ROW)}.items():
         name = f"a conditioning, static cache{', captured' if engine.captures else ''}{how}"

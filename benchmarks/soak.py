@@ -80,7 +80,7 @@ def drive(addresses: dict[str, str], seed: int, record: Record, over: threading.
     seen = itertools.cycle([robots.observation(100 * seed + number) for number in range(8)])
     while not over.is_set():
         try:
-            with DualSystemClient(**addresses, seed=seed) as client:
+            with DualSystemClient(*robots.endpoints(addresses), seed=seed) as client:
                 for _ in range(EPISODES):
                     client.reset("move the door all the way to the left")
                     for _ in range(STEPS):
@@ -106,7 +106,7 @@ def crowd(addresses: dict[str, str], most: int) -> None:
 
         def step(seed: int, schedule: str = schedule, together: threading.Barrier = together) -> None:
             seen = robots.observation(seed)
-            with DualSystemClient(**addresses, schedule=schedule, seed=seed) as client:
+            with DualSystemClient(*robots.endpoints(addresses), schedule=schedule, seed=seed) as client:
                 client.reset("move the door all the way to the left")
                 for _ in range(ROUNDS):
                     together.wait(60)

@@ -203,7 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def holds(count: int) -> bool:
         row = running.measure(count)
-        return row.missed <= options.tolerate * row.deadlines
+        tolerated: float = options.tolerate * row.deadlines
+        return row.missed <= tolerated
 
     facts: dict[str, object] = {}
     with rig(options) as running:

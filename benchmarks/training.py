@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +40,18 @@ from robodual.training.starting_weights import starting_policy
 
 STEPS = 160
 PREFETCHED = 2  # batches that each worker reads ahead, by default
+
+B = TypeVar("B", bound=Batch)
+
+
+class Row(TypedDict):
+    """One model's training; `trained` and `read` in samples a second, the latter by the number of workers."""
+
+    model: str
+    step_ms: float
+    trained: float
+    memory_gb: float
+    read: dict[int, float]
 
 
 def write_recording(split: Path) -> None:
@@ -72,7 +85,7 @@ def reading(dataset: CalvinDataset, collate: Callable[[list[Sample]], object], b
     return rounds * batch / (time.perf_counter() - start)
 
 
-def training(learner: Learner[Batch], batch: Batch, rounds: int, *, bf16: bool) -> float:
+def training(learner: Learner[B], batch: B, rounds: int, *, bf16: bool) -> float:
     """Milliseconds of an optimiser step, median."""
     optimizer = torch.optim.AdamW([value for value in learner.parameters() if value.requires_grad], lr=1e-5)
     learner.train()
@@ -119,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(options: argparse.Namespace, split: Path) -> list[dict[str, object]]:
+def _measure(options: argparse.Namespace, split: Path) -> list[Row]:
     engine = load_generalist(options.profile, device=options.device)
     device = engine.model.device
     config = PROFILES[options.profile].specialist
@@ -133,17 +146,9 @@ def _measure(options: argparse.Namespace, split: Path) -> list[dict[str, object]
             gradient_checkpointing=options.gradient_checkpointing,
         ).to(device)  # fmt: skip
 
-    # The specialist first: adapters would change the generalist that conditions it.
-    cases = {
-        "specialist": (
-            CalvinDataset(split, sensors=config.sensors),
-            SpecialistCollate(preparation, engine.processor, 0, 0.1),
-            lambda: SpecialistLearner(policy, conditioner),
-        ),
-        "generalist, LoRA 32": (CalvinDataset(split, chunk=0), GeneralistCollate(engine.processor), adapted),
-    }
-    rows: list[dict[str, object]] = []
-    for name, (dataset, collate, build) in cases.items():
+    def measure(
+        name: str, dataset: CalvinDataset, collate: Callable[[list[Sample]], B], build: Callable[[], Learner[B]]
+    ) -> Row:
         size = options.batch_size
         read = {workers: reading(dataset, collate, size, workers) for workers in options.workers}
         batch = collate([dataset[0, index] for index in range(size)])
@@ -151,8 +156,15 @@ def _measure(options: argparse.Namespace, split: Path) -> list[dict[str, object]
             torch.cuda.reset_peak_memory_stats(device)
         step = training(build(), batch.to(device), options.rounds, bf16=device.type == "cuda")
         memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else _resident()
-        rows.append({"model": name, "step_ms": step, "trained": size / step * 1e3, "memory_gb": memory, "read": read})
-    return rows
+        return {"model": name, "step_ms": step, "trained": size / step * 1e3, "memory_gb": memory, "read": read}
+
+    # The specialist first: adapters would change the generalist that conditions it.
+    frames, chunks = CalvinDataset(split, sensors=config.sensors), CalvinDataset(split, chunk=0)
+    collate = SpecialistCollate(preparation, engine.processor, 0, 0.1)
+    return [
+        measure("specialist", frames, collate, lambda: SpecialistLearner(policy, conditioner)),
+        measure("generalist, LoRA 32", chunks, GeneralistCollate(engine.processor), adapted),
+    ]
 
 
 def _resident() -> float:

@@ -60,7 +60,7 @@ def serve_bare(answer_size: int, told: Connection) -> None:
                 yield answer
 
         server = grpc.aio.server()
-        method = grpc.stream_stream_rpc_method_handler(exchange)
+        method: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(exchange)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(BARE, {METHOD: method}),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -114,7 +114,8 @@ def bare_client(port: int, request: bytes, stack: ExitStack) -> Step:
     channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}"))
     requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     stack.callback(requests.put, None)
-    answers = channel.stream_stream(f"/{BARE}/{METHOD}")(iter(requests.get, None))
+    call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{BARE}/{METHOD}")
+    answers = call(iter(requests.get, None))
 
     def exchange() -> bytes:
         requests.put(request)
@@ -132,7 +133,7 @@ def openpi_client(port: int, stack: ExitStack) -> Step:
 
 
 def our_client(addresses: Mapping[str, str], stream: bool, stack: ExitStack) -> Step:
-    client = stack.enter_context(DualSystemClient(**addresses, schedule=ALWAYS, stream=stream))
+    client = stack.enter_context(DualSystemClient(*robots.endpoints(addresses), schedule=ALWAYS, stream=stream))
     client.reset(INSTRUCTION)
     obs = robots.observation(0)
     return lambda: client.step(obs)
@@ -176,7 +177,7 @@ def client(make: Callable[[ExitStack], Step], pause: float) -> Iterator[Callable
 
 def sizes(pair: Pair) -> tuple[bytes, int]:
     """A request of ours, and the bytes of the answer to it once eight chunks are aggregated."""
-    with DualSystemClient(**pair.addresses, schedule=ALWAYS, session="sizes") as client:
+    with DualSystemClient(*robots.endpoints(pair.addresses), schedule=ALWAYS, session="sizes") as client:
         client.reset(INSTRUCTION)
         for number in range(8):
             client.step(robots.observation(number))
@@ -199,7 +200,7 @@ def contenders(stack: ExitStack, pause: float) -> tuple[dict[str, Callable[[], f
     with pair() as measured:
         request, answer_size = sizes(measured)
     bare = stack.enter_context(process(serve_bare, answer_size))
-    makers = {
+    makers: dict[str, Callable[[ExitStack], Step]] = {
         "bare gRPC stream": partial(bare_client, bare, request),
         "ActStream": ours(stream=True),
         "Act, unary": ours(stream=False),
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{moved['request']:,} bytes there and {moved['answer']:,} back",
         f"ActStream takes {taken:.2f} times the bare stream's time",
     ]
-    packages = PACKAGES
+    packages: tuple[str, ...] = PACKAGES
     if len(rows) == 4:
         packages += OPENPI
         if found["ActStream"].ratio < found["openpi's websocket pair"].ratio:

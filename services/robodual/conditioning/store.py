@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -218,7 +218,7 @@ class Store:
         """Returns if the store takes what is written: one that is full or another's replica answers, and does not."""
         await self._ask(self._try(keys=["robodual:probe"]))
 
-    async def subscribe(self) -> AsyncIterator[Announced | Subscribed | Interrupted]:
+    async def subscribe(self) -> AsyncGenerator[Announced | Subscribed | Interrupted, None]:
         """Announcements for all sessions, for ever; `Subscribed` and `Interrupted` mark the gaps between them.
 
         A silent connection is probed every two seconds, so that a lost network is an interruption too.
