@@ -93,7 +93,7 @@ def results(megabytes: int, shards: int) -> Iterator[dict[str, object]]:
         folder = Path(temporary)
         sizes = [file.stat().st_size / MB for file in write(folder, shapes(megabytes), shards)]
         for action, kept in (("load", sum(sizes)), ("inspect", 0.0)):
-            command = [sys.executable, __file__, "--measure", action, str(folder)]
+            command = [sys.executable, "-m", "benchmarks.loading", "--measure", action, str(folder)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             figures = json.loads(done.stdout)
             bound = kept + max(sizes) + SLACK

@@ -253,10 +253,8 @@ async def test_late_answer_misses_the_steps_that_it_takes(load: Callable[[str], 
     assert 500 <= log.latencies[0] < 600
 
 
-def test_kernels_say_that_they_need_a_gpu(
-    load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert load("kernels").main(["--device", "cpu"]) == 1
+def test_plans_say_that_they_need_a_gpu(load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("plans").main(["--device", "cpu"]) == 1
     assert "this machine has none" in capsys.readouterr().err
 
 
@@ -270,11 +268,11 @@ def test_tuning_keeps_what_is_faster(load: Callable[[str], ModuleType]) -> None:
             return float("inf")  # does not fit
         return 10 - out.stages / 10 - down.ahead - (down.part == 128) * 2
 
-    found = load("kernels").tuned(start, milliseconds)
+    found = load("plans").tuned(start, milliseconds)
 
     assert found.tiles["out"].stages == 6
     assert found.tiles["out"].columns == start.tiles["out"].columns
     assert (found.tiles["down"].part, found.tiles["down"].ahead) == (128, 4)
     assert found.tiles["qkv"] == start.tiles["qkv"]
     assert found.chained
-    assert load("kernels").tuned(products.APART, milliseconds).tiles["down"].ahead == 0
+    assert load("plans").tuned(products.APART, milliseconds).tiles["down"].ahead == 0

@@ -1,6 +1,6 @@
 """How fast the generalist's fused layers are on this GPU, by each plan and with other sizes of their programs.
 
-    python -m benchmarks.kernels --tune --json kernels.json
+    python -m benchmarks.plans --tune --json plans.json
 
 A step of eight tokens through the Llama's layers of the profile's shapes, with random weights, captured as the engine
 captures it, against the time that reading the weights takes at the bandwidth that a sum of 4 GB reaches. The engine
@@ -105,7 +105,7 @@ def differing(model: Generalist, fused: FusedLayers, plans: Sequence[Plan]) -> l
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns 1 where there are no kernels, a ratio has fallen or bits differ."""
-    parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.plans", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="robodual-7b", choices=sorted(PROFILES))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tune", action="store_true", help="try other sizes of programs too")
@@ -114,14 +114,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     device = choose(options.device)
     if device.type != "cuda":
-        print("kernels: the fused layers run on a GPU, and this machine has none that PyTorch can use", file=sys.stderr)
+        print("plans: the fused layers run on a GPU, and this machine has none that PyTorch can use", file=sys.stderr)
         return 1
     model = build(PROFILES[options.profile].generalist, attention="sdpa", dtype=torch.bfloat16)
     with current(device):
         speed = bandwidth(device)
         randomise(model, device, seed=0)
         if not can_fuse(model):
-            print("kernels: Triton is missing, or the profile's shapes are not for the kernels", file=sys.stderr)
+            print("plans: Triton is missing, or the profile's shapes are not for the kernels", file=sys.stderr)
             return 1
         return measured(options, model, speed)
 
@@ -162,9 +162,7 @@ def measured(options: argparse.Namespace, model: Generalist, speed: float) -> in
         print(f"values that another plan, or more tokens, change: {differ}")
     facts = {"gpu": torch.cuda.get_device_name(device), "bytes_per_ms": speed, "differing": differ}
     tiles = {name: {key: asdict(tile) for key, tile in plan.tiles.items()} for name, plan in contenders.items()}
-    status = measurement.conclude(
-        options, "kernels", "a step's layers by kernels", rows, PACKAGES, plans=tiles, **facts
-    )
+    status = measurement.conclude(options, "plans", "a step's layers by kernels", rows, PACKAGES, plans=tiles, **facts)
     return 1 if any(differ) else status
 
 
