@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -121,6 +122,37 @@ class FakeTable:
 
     def close(self) -> None:
         pass
+
+
+class Hanging(FakeTable):
+    """Hangs for ever, the first time for each `mark`, in its "start", "reset" or second "step"; there it holds Python's
+    lock and hears no SIGTERM. Every step takes `slow` seconds."""
+
+    def __init__(self, where: str = "", mark: str = "", slow: float = 0.0) -> None:
+        super().__init__()
+        self.where, self.mark, self.slow, self.steps = where, Path(mark), slow, 0
+        self.hang("start")
+
+    def reset(self, robot_obs: Any = None, scene_obs: Any = None) -> dict[str, Any]:
+        self.hang("reset")
+        return super().reset(robot_obs, scene_obs)
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, dict[str, Any]]:
+        self.steps += 1
+        if self.steps == 2:
+            self.hang("step")
+        time.sleep(self.slow)
+        return super().step(action)
+
+    def hang(self, where: str) -> None:
+        if where != self.where or self.mark.exists():
+            return
+        if where == "step":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.mark.touch()
+        while where == "step":
+            ctypes.PyDLL(None).sleep(3600)
+        time.sleep(3600)
 
 
 def sized(size: tuple[int, int]) -> FakeTable:

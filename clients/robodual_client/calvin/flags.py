@@ -56,6 +56,13 @@ def add(parser: argparse.ArgumentParser, *, sweep: bool = False) -> None:
 
     simulator = parser.add_argument_group("simulator")
     simulator.add_argument("--workers", type=int, default=1, metavar="N", help="simulator processes (1)")
+    simulator.add_argument(
+        "--hang-limit",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="kill a simulator that takes longer for a call, and repeat the sequence; 0: never (300)",
+    )
     simulator.add_argument("--calvin-root", metavar="DIR", help="checkout of calvin_env (CALVIN_ROOT)")
     simulator.add_argument("--scene", metavar="A-D", help="CALVIN's scene (D)")
     simulator.add_argument("--render", metavar="HOW", help="CALVIN's renderer: auto, egl or cpu (auto)")
@@ -125,6 +132,7 @@ def options(given: argparse.Namespace) -> Options:
         hold=given.hold,
         inject_delay=_latency(given.inject_delay),
         workers=given.workers,
+        hang_limit=given.hang_limit,
         video=given.video,
         video_format=given.video_format,
         resume=given.resume,

@@ -45,6 +45,9 @@ class Options:
     The policy is waited for (lock-step) unless `realtime`, in control steps a second of wall time, or `delay_steps`
     says otherwise; `hold` is what the arm does meanwhile. `inject_delay` is latency added on purpose, in milliseconds:
     of the "generalist" (policy "services" alone) and of the "specialist", or of whatever else gives the actions.
+
+    A call of the environment that takes over `hang_limit` seconds (0: no limit; four times as long up to a process's
+    first step) is a hang: the process is killed, and its sequence repeated.
     """
 
     out: Path
@@ -61,6 +64,7 @@ class Options:
     hold: str = "repeat"
     inject_delay: Mapping[str, float] = field(default_factory=dict)
     workers: int = 1
+    hang_limit: float = 300.0
     video: str = "none"
     video_format: str = "mp4"
     resume: bool = False
@@ -76,6 +80,8 @@ class Options:
             raise EvaluationError(f"ep_len: must be at least 1 step, got {self.ep_len}")
         if self.workers < 1:
             raise EvaluationError(f"workers: must be at least 1, got {self.workers}")
+        if self.hang_limit != 0 and not 1 <= self.hang_limit <= 86_400:
+            raise EvaluationError(f"hang_limit: must be 1 to 86400 seconds, or 0 for none, got {self.hang_limit:g}")
         if not 0 <= self.seed < 2**32:
             raise EvaluationError(f"seed: must lie in 0..2^32-1, got {self.seed}")
         if self.video not in VIDEO:

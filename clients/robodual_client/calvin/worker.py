@@ -3,12 +3,14 @@
 Runs as `python -m robodual_client.calvin.worker`. The parent writes JSON lines to its standard input: first the job,
 then one sequence number each. The worker answers with one JSON line each on its standard output: `{"ready": ...}` or
 `{"fatal": message}`, then `{"record": ...}` or `{"error": message}`. It ends after an error, when its
-input does, and on SIGTERM.
+input does, and on SIGTERM. Its argument is the file in which it notes what its simulator does (hanging.py).
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import mmap
 import os
 import queue
 import signal
@@ -16,11 +18,13 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, TextIO
 
 from robodual_client.calvin import pace
+from robodual_client.calvin.hanging import Watched, share
 from robodual_client.calvin.records import FULL, Record
 from robodual_client.calvin.roles import Environment, Policy, Watcher
 from robodual_client.calvin.rollout import run_sequence
@@ -33,8 +37,8 @@ class _OtherModel(Exception):
     """The services do not serve what the run began with: to repeat the sequence would mix the two."""
 
 
-def run(lines: TextIO, answers: TextIO) -> None:
-    """Serves the parent at `lines` and `answers` until `lines` ends."""
+def run(lines: TextIO, answers: TextIO, memory: mmap.mmap) -> None:
+    """Serves the parent at `lines` and `answers` until `lines` ends. `memory`: where it looks for a hang."""
 
     def answer(message: dict[str, Any]) -> None:
         answers.write(json.dumps(message) + "\n")
@@ -46,9 +50,10 @@ def run(lines: TextIO, answers: TextIO) -> None:
         make_policy = resolve(job["policy"])
         starting = job["env_name"]
         env: Environment = resolve(job["env"])(**job["env_options"])
+        watched = Watched(env, memory)
         if job["sensors"]:
             robot_obs, scene_obs = published()[0].observations()
-            encode(env.reset(robot_obs=robot_obs, scene_obs=scene_obs), job["sensors"])
+            encode(watched.reset(robot_obs=robot_obs, scene_obs=scene_obs), job["sensors"])
     except Exception as error:  # whatever a simulator's start may raise, and sensors that it lacks: the parent tells
         traceback.print_exc()
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
@@ -58,7 +63,7 @@ def run(lines: TextIO, answers: TextIO) -> None:
     try:
         answer({"ready": dict(getattr(env, "facts", {}))})
         for number in _numbers(lines):
-            answer({"record": _run(job, env, make_policy, number)})
+            answer({"record": _run(job, watched, partial(make_policy, env), number)})
     except Exception as error:  # the parent repeats the sequence in a fresh process, or stops the run
         with suppress(OSError):  # the log is on the same disk
             traceback.print_exc()
@@ -82,7 +87,7 @@ def resolve(name: str) -> Callable[..., Any]:
 def _run(job: dict[str, Any], env: Environment, make_policy: Callable[..., Policy], number: int) -> dict[str, Any]:
     """One sequence with a policy of its own, whose seed depends on the run's seed and the sequence's number alone."""
     sequence = published()[number]
-    policy = make_policy(env, (job["seed"] << 16) + number, **job["policy_options"])
+    policy = make_policy((job["seed"] << 16) + number, **job["policy_options"])
     chosen = pace.choose(job["pace"], job["answer_delay"])
 
     def record_of(watcher: Watcher | None) -> Record:
@@ -155,11 +160,13 @@ def _terminate(*_: object) -> NoReturn:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
+    if sys.platform != "win32":
+        faulthandler.register(signal.SIGUSR1)  # the parent asks so where a hung process is, before it kills it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
     # Simulators print to standard output from C: keep the answers' channel to ourselves.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    run(sys.stdin, answers)
+    run(sys.stdin, answers, share(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,28 @@
-"""The pool of worker processes: hands out sequence numbers, collects records, and replaces a worker that dies."""
+"""The pool of worker processes: hands out sequence numbers, collects records, replaces a worker that dies or hangs."""
 
 from __future__ import annotations
 
 import json
 import queue
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Iterator, Sequence, Union
+from typing import IO, Any, Iterator, Sequence, Union
 
+from robodual_client.calvin.hanging import Watch
 from robodual_client.calvin.options import EvaluationError, Options
 from robodual_client.calvin.records import Record
 
 ATTEMPTS = 3
 STOP_SECONDS = 10.0
+STACK_SECONDS = 1.0  # for a hung process to write where it is
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ Event = Union[Ready, Failed, Record]
 
 
 class Workers:
-    """The worker processes of `options`, which run `numbers`; a context manager that leaves no process behind.
+    """The worker processes of `options`, which run `numbers`; a context manager that leaves no process behind, except
+    one that a driver keeps in the kernel, which nothing can kill.
 
     `sensors`: what the served model reads, and the environment must give before the first sequence starts. `models`:
     what "generalist" and "specialist" must serve whenever a sequence starts; empty for a policy that is not served.
@@ -85,7 +90,14 @@ class Workers:
         logs = options.out / "logs"
         logs.mkdir(exist_ok=True)
         self._workers = [
-            _Worker(json.dumps(job), logs / f"worker-{index + 1}.log", self._pending, self._events, self._stop)
+            _Worker(
+                json.dumps(job),
+                options.hang_limit,
+                logs / f"worker-{index + 1}.log",
+                self._pending,
+                self._events,
+                self._stop,
+            )
             for index in range(min(options.workers, len(numbers)))
         ]
 
@@ -102,10 +114,12 @@ class Workers:
             self._pending.put(None)
             if kind is not None:
                 worker.signal(kill=False)
+        end = time.monotonic() + STOP_SECONDS
+        for worker in self._workers:
+            worker.join(max(0.0, end - time.monotonic()))
+            worker.signal(kill=True)
         for worker in self._workers:
             worker.join(STOP_SECONDS)
-            worker.signal(kill=True)
-            worker.join()
 
     def events(self) -> Iterator[Event]:
         """What happens, until every number has its Record.
@@ -134,6 +148,7 @@ class _Worker(threading.Thread):
     def __init__(
         self,
         job: str,
+        hang_limit: float,
         log: Path,
         pending: queue.Queue[int | None],
         events: queue.Queue[Event | _Fatal],
@@ -141,7 +156,10 @@ class _Worker(threading.Thread):
     ) -> None:
         super().__init__(daemon=True, name=log.stem)
         self._job, self._log, self._pending, self._events, self._stopping = job, log, pending, events, stop
+        self._hang_limit = hang_limit
         self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.SimpleQueue[str]  # of the process
+        self._watch: Watch  # of the process
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -195,31 +213,45 @@ class _Worker(threading.Thread):
         with self._lock, self._log.open("a") as log:
             if self._stopping.is_set():
                 return None
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "robodual_client.calvin.worker"],
+            self._watch = Watch(self._hang_limit)
+            self._answers = queue.SimpleQueue()
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-m", "robodual_client.calvin.worker", self._watch.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
             )
-            return self._process
+        threading.Thread(target=_read, args=(process.stdout, self._answers), daemon=True).start()
+        return process
 
-    @staticmethod
-    def _exchange(process: subprocess.Popen[str], line: str) -> dict[str, Any]:
+    def _exchange(self, process: subprocess.Popen[str], line: str) -> dict[str, Any]:
         assert process.stdin is not None
-        assert process.stdout is not None
-        try:
+        with suppress(BrokenPipeError):  # it died: that is the answer
             process.stdin.write(line + "\n")
             process.stdin.flush()
-            answer = process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
+        answer = None
+        while answer is None:
+            try:
+                answer = self._answers.get(timeout=self._watch.period or None)
+            except queue.Empty:
+                hang = self._watch.look()
+                if hang is not None:
+                    self._kill_hung(process)
+                    return {"error": hang}
         if not answer.endswith("\n"):
             code = _wait(process)
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             return {"error": f"the worker process died with {how}"}
         parsed: dict[str, Any] = json.loads(answer)
         return parsed
+
+    def _kill_hung(self, process: subprocess.Popen[str]) -> None:
+        """With the line of Python that it hangs in as the last thing in its log, if it can still write that."""
+        if sys.platform != "win32":
+            process.send_signal(signal.SIGUSR1)
+            self._stopping.wait(STACK_SECONDS)
+        self.signal(kill=True)
 
     def _end(self) -> None:
         """Lets an idle process end by itself, and one that does not, by force."""
@@ -228,11 +260,9 @@ class _Worker(threading.Thread):
         if process is None:
             return
         assert process.stdin is not None
-        assert process.stdout is not None
         with suppress(BrokenPipeError):  # it may be gone already
             process.stdin.close()
         _wait(process)
-        process.stdout.close()
 
 
 def _policy_options(options: Options) -> dict[str, Any]:
@@ -243,10 +273,20 @@ def _policy_options(options: Options) -> dict[str, Any]:
     return {"policy_options": {**options.policy_options, "latency": latency}, "answer_delay": 0.0}
 
 
+def _read(lines: IO[str], answers: queue.SimpleQueue[str]) -> None:
+    """Hands on each of `lines`, and "" after the last."""
+    with lines:
+        for line in lines:
+            answers.put(line)
+    answers.put("")
+
+
 def _wait(process: subprocess.Popen[str]) -> int:
-    """The exit code of a process that is about to end; it is killed if it does not."""
-    try:
-        return process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+    """The exit code of a process that is about to end; it is killed if it does not, and left if even that fails: a
+    driver may keep it in the kernel."""
+    for _ in range(2):
+        try:
+            return process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return -9
