@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import pytest
 from fake_table import FakeTable
 from running import outcomes, start, wait_until_gone, workers_of
 
-from robodual_client.calvin import EvaluationError, Options, evaluate, workers
+from robodual_client.calvin import EvaluationError, evaluate, workers
 from robodual_client.calvin.hanging import STARTING, Watch, Watched, share
 
-Make = Callable[..., Options]
+Make = "Callable[..., Options]"
 HANGING = "fake_table:Hanging"
 
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -98,6 +97,7 @@ def test_time_in_which_the_evaluation_was_stopped_does_not_count(options: Make) 
     assert "repeated" not in stderr
 
 
+@pytest.mark.slow
 @needs_proc
 def test_ctrl_c_while_simulators_hang_ends_them(options: Make, tmp_path: Path) -> None:
     process = start(options("run", **{**hanging(tmp_path, "step"), "hang_limit": 0.0}))
