@@ -17,6 +17,8 @@ from robodual.serving.metrics import Metrics
 
 PATIENCE = 0.2  # of the time that a batch took, for its sessions to come back together
 MOST_PATIENCE = 0.01  # seconds
+QUICK = 2e-4  # seconds of a batch for which no thread is worth waking: there and back takes 0.05 to 0.2 ms
+QUICK_IN_A_ROW = 16  # batches of one, all of them quick, after which such a batch is computed in the event loop
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -54,6 +56,9 @@ class _Ticket(Generic[Item, Answer]):
 class Batcher(Generic[Item, Answer]):
     """Runs `work` on batches in one thread of its own, which also runs whatever else needs the model.
 
+    Where batches of one have lately been so quick that waking the thread takes longer, an item that is alone is computed
+    in the event loop, while the thread has nothing to do: only the loop gives it work, so they never run at once.
+
     A batch is what is waiting when the thread is free: at most `max_batch` items, a session's second only after every
     other session's first. There is no fixed wait for a batch to fill: a session that was alone starts at once, and
     those of a batch, who were answered together, get a little of the time that it took to come back together. Batches
@@ -73,6 +78,7 @@ class Batcher(Generic[Item, Answer]):
         self._count = 0
         metrics.queues.append(lambda: self._count)
         self._running: list[_Ticket[Item, Answer]] = []
+        self._quick = 0  # batches of one in a row that were answered, and quickly
         self._company: set[str] = set()  # the sessions of the last batch
         self._until = 0.0  # when it is given up that they come back together
         self._waking: asyncio.TimerHandle | None = None
@@ -116,14 +122,17 @@ class Batcher(Generic[Item, Answer]):
         )
         self._waiting.setdefault(session, deque()).append(ticket)
         self._count += 1
-        if self._company == {session}:
-            self._start()
-        else:
+        was_alone = self._company == {session}
+        if not was_alone:
             # Not at once: what arrived together with this one joins its batch.
             self._loop.call_soon(self._start)
+        elif not self._is_quick:
+            self._start()
         try:
             if meanwhile is not None:
                 meanwhile()
+            if was_alone and self._is_quick:
+                self._start()
             return await ticket.done
         except BaseException:
             self._withdraw(ticket)
@@ -177,8 +186,11 @@ class Batcher(Generic[Item, Answer]):
         self._running = self._take()
         if self._running:
             self._called = False
-            self._jobs.put(partial(self._run, self._running))
             self._company = {ticket.session for ticket in self._running}
+            if self._is_quick and len(self._running) == 1 and not self._waiting:
+                self._finish(*self._run(self._running))
+            else:
+                self._jobs.put(partial(self._run_and_tell, self._running))
         elif self._others:
             self._start_call()
 
@@ -211,12 +223,19 @@ class Batcher(Generic[Item, Answer]):
             job()
             del job  # and the frames that it holds
 
-    def _run(self, batch: Sequence[_Ticket[Item, Answer]]) -> None:
+    @property
+    def _is_quick(self) -> bool:
+        return self._quick >= QUICK_IN_A_ROW
+
+    def _run_and_tell(self, batch: Sequence[_Ticket[Item, Answer]]) -> None:
         """Runs in the thread."""
+        self._loop.call_soon_threadsafe(self._finish, *self._run(batch))
+
+    def _run(self, batch: Sequence[_Ticket[Item, Answer]]) -> tuple[list[Answer | Exception], float, float]:
+        """An answer or an exception for each item, when that began and how long it took."""
         started = time.perf_counter()  # uvloop's own clock counts whole milliseconds
         answers = self._compute(batch)
-        computed = time.perf_counter() - started
-        self._loop.call_soon_threadsafe(self._finish, answers, started, computed)
+        return answers, started, time.perf_counter() - started
 
     def _finish(self, answers: Sequence[Answer | Exception], started: float, computed: float) -> None:
         for ticket, answer in zip(self._running, answers, strict=True):
@@ -226,6 +245,10 @@ class Batcher(Generic[Item, Answer]):
                 ticket.done.set_result(Done(answer, started - ticket.queued_at, computed))
         if len(self._running) > 1:
             self._until = time.perf_counter() + min(PATIENCE * computed, MOST_PATIENCE)
+        elif computed > QUICK or isinstance(answers[0], Exception):  # an error may come sooner than an answer
+            self._quick = 0
+        else:
+            self._quick += 1
         self._running = []
         self._loop.call_soon(self._go_on, len(answers))  # after those that have their answers now
 
@@ -252,7 +275,7 @@ class Batcher(Generic[Item, Answer]):
         return batch
 
     def _compute(self, batch: Sequence[_Ticket[Item, Answer]]) -> list[Answer | Exception]:
-        """An answer or an exception for each item; runs in the thread."""
+        """An answer or an exception for each item."""
         try:
             answers = list(self._work([ticket.item for ticket in batch]))
             if len(answers) != len(batch):
