@@ -17,8 +17,8 @@ from robodual.serving.metrics import Metrics
 
 PATIENCE = 0.2  # of the time that a batch took, for its sessions to come back together
 MOST_PATIENCE = 0.01  # seconds
-QUICK = 2e-4  # seconds of a batch for which no thread is worth waking: there and back takes 0.05 to 0.2 ms
-QUICK_IN_A_ROW = 16  # batches of one, all of them quick, after which such a batch is computed in the event loop
+QUICK = 1e-4  # seconds of a batch for which no thread is worth waking, since that takes as long; no GPU is so quick
+QUICK_IN_A_ROW = 8  # batches of one, all of them quick, after which such a batch is computed in the event loop
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -56,14 +56,13 @@ class _Ticket(Generic[Item, Answer]):
 class Batcher(Generic[Item, Answer]):
     """Runs `work` on batches in one thread of its own, which also runs whatever else needs the model.
 
-    Where batches of one have lately been so quick that waking the thread takes longer, an item that is alone is computed
-    in the event loop, while the thread has nothing to do: only the loop gives it work, so they never run at once.
-
     A batch is what is waiting when the thread is free: at most `max_batch` items, a session's second only after every
     other session's first. There is no fixed wait for a batch to fill: a session that was alone starts at once, and
     those of a batch, who were answered together, get a little of the time that it took to come back together. Batches
     and other work take turns, where both wait. Items whose caller was cancelled or whose deadline has passed are
     dropped before they cost compute. Where a batch raises, its items run one by one, so that a bad one fails alone.
+    Where batches of one have lately been so quick that waking the thread takes as long, an item that is alone runs in
+    the event loop, while the thread has nothing to do: since the loop alone gives it work, they never run at once.
     Several engines have a batcher each, which share their metrics; `load` says which has least to do.
     """
 
@@ -123,16 +122,16 @@ class Batcher(Generic[Item, Answer]):
         self._waiting.setdefault(session, deque()).append(ticket)
         self._count += 1
         was_alone = self._company == {session}
-        if not was_alone:
-            # Not at once: what arrived together with this one joins its batch.
-            self._loop.call_soon(self._start)
-        elif not self._is_quick:
+        if was_alone and not self._is_quick:
             self._start()
         try:
             if meanwhile is not None:
                 meanwhile()
-            if was_alone and self._is_quick:
+            if was_alone:
                 self._start()
+            else:
+                # Not at once: what arrived together with this one joins its batch.
+                self._loop.call_soon(self._start)
             return await ticket.done
         except BaseException:
             self._withdraw(ticket)
