@@ -73,10 +73,15 @@ async def test_a_model_that_has_been_quick_answers_in_the_event_loop(quick: Serv
     assert done.answer == 6
     assert 0 <= done.queued < LIMIT
     assert 0 < done.computed < LIMIT
-    assert (await batcher.submit(4, session="b")).answer == 8  # another session, alone too
-    assert model.here == [True, True]
+    assert model.here == [True]
     await asyncio.sleep(0)
-    assert f"robodual_batch_size_count {QUICK_IN_A_ROW + 2}.0" in metrics.exposition().decode()
+    assert f"robodual_batch_size_count {QUICK_IN_A_ROW + 1}.0" in metrics.exposition().decode()
+
+
+async def test_another_session_joins_others_before_it_is_known_to_be_alone(quick: Served) -> None:
+    model, batcher, _ = quick
+    assert [(await batcher.submit(item, session="b")).answer for item in (4, 5)] == [8, 10]
+    assert model.here == [False, True]
 
 
 async def test_its_answer_does_not_wait_for_a_turn_of_the_event_loop(quick: Served) -> None:
@@ -119,20 +124,32 @@ async def test_errors_do_not_show_that_a_model_is_quick(served: Served) -> None:
 
 async def test_two_at_once_are_a_batch_in_the_thread(quick: Served) -> None:
     model, batcher, _ = quick
-    await batcher.submit(1, session="c")  # or "a" would be known to be alone
-    done = await asyncio.gather(batcher.submit(1, session="a"), batcher.submit(2, session="b"))
-    assert [each.answer for each in done] == [2, 4]
-    assert model.batches[1:] == [[1, 2]]
-    assert model.here[1:] == [False]
+    for _ in range(2):
+        done = await asyncio.gather(batcher.submit(1, session="b"), batcher.submit(2, session="c"))
+        assert [each.answer for each in done] == [2, 4]
+    assert model.batches == [[1, 2], [1, 2]]
+    assert model.here == [False, False]
 
 
-async def test_it_waits_for_other_work_in_the_thread(quick: Served) -> None:
+@pytest.mark.parametrize("started", [True, False])
+async def test_it_waits_for_other_work_in_the_thread(quick: Served, started: bool) -> None:
     model, batcher, _ = quick
     other = asyncio.create_task(batcher.call(model, [-1]))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0.01 if started else 0)
     await ask(batcher, 1)
     assert other.done()
-    assert model.here == [False, True]
+    assert model.batches == [[-1], [1]]
+    await ask(batcher, 1)
+    assert model.here == [False, False, True]
+
+
+async def test_it_waits_for_a_batch_in_the_thread(quick: Served) -> None:
+    model, batcher, _ = quick
+    first = asyncio.create_task(batcher.submit(-1, session="b"))
+    await asyncio.sleep(0.01)
+    assert (await batcher.submit(1, session="b")).answer == 2
+    assert first.done()
+    assert model.here == [False, False]
 
 
 async def test_a_request_that_is_refused_meanwhile_costs_no_compute(quick: Served) -> None:

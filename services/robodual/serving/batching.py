@@ -18,7 +18,8 @@ from robodual.serving.metrics import Metrics
 PATIENCE = 0.2  # of the time that a batch took, for its sessions to come back together
 MOST_PATIENCE = 0.01  # seconds
 QUICK = 1e-4  # seconds of a batch for which no thread is worth waking, since that takes as long; no GPU is so quick
-QUICK_IN_A_ROW = 8  # batches of one, all of them quick, after which such a batch is computed in the event loop
+QUICK_IN_A_ROW = 8  # batches of one, all of them quick, after which an item that is alone runs in the event loop
+TOO_LATE = "the deadline passed while the request waited"
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -61,8 +62,8 @@ class Batcher(Generic[Item, Answer]):
     those of a batch, who were answered together, get a little of the time that it took to come back together. Batches
     and other work take turns, where both wait. Items whose caller was cancelled or whose deadline has passed are
     dropped before they cost compute. Where a batch raises, its items run one by one, so that a bad one fails alone.
-    Where batches of one have lately been so quick that waking the thread takes as long, an item that is alone runs in
-    the event loop, while the thread has nothing to do: since the loop alone gives it work, they never run at once.
+    Where batches of one have lately been so quick that waking the thread takes as long, a session that was alone is
+    answered in the event loop, if the thread has nothing to do: since the loop gives it work, they never run at once.
     Several engines have a batcher each, which share their metrics; `load` says which has least to do.
     """
 
@@ -114,6 +115,9 @@ class Batcher(Generic[Item, Answer]):
         """
         if self._closed:
             raise Unavailable("the service is shutting down")
+        was_alone = self._company == {session}
+        if was_alone and self._quick >= QUICK_IN_A_ROW and self._is_idle:
+            return self._run_here(item, deadline, meanwhile)
         if self._count >= self._max_queue:
             self._make_room(session)
         ticket: _Ticket[Item, Answer] = _Ticket(
@@ -121,17 +125,14 @@ class Batcher(Generic[Item, Answer]):
         )
         self._waiting.setdefault(session, deque()).append(ticket)
         self._count += 1
-        was_alone = self._company == {session}
-        if was_alone and not self._is_quick:
+        if was_alone:
             self._start()
+        else:
+            # Not at once: what arrived together with this one joins its batch.
+            self._loop.call_soon(self._start)
         try:
             if meanwhile is not None:
                 meanwhile()
-            if was_alone:
-                self._start()
-            else:
-                # Not at once: what arrived together with this one joins its batch.
-                self._loop.call_soon(self._start)
             return await ticket.done
         except BaseException:
             self._withdraw(ticket)
@@ -185,11 +186,8 @@ class Batcher(Generic[Item, Answer]):
         self._running = self._take()
         if self._running:
             self._called = False
+            self._jobs.put(partial(self._run, self._running))
             self._company = {ticket.session for ticket in self._running}
-            if self._is_quick and len(self._running) == 1 and not self._waiting:
-                self._finish(*self._run(self._running))
-            else:
-                self._jobs.put(partial(self._run_and_tell, self._running))
         elif self._others:
             self._start_call()
 
@@ -223,18 +221,33 @@ class Batcher(Generic[Item, Answer]):
             del job  # and the frames that it holds
 
     @property
-    def _is_quick(self) -> bool:
-        return self._quick >= QUICK_IN_A_ROW
+    def _is_idle(self) -> bool:
+        """Whether nothing waits, and the thread has no work."""
+        return not (self._count or self._running or self._calling or self._others)
 
-    def _run_and_tell(self, batch: Sequence[_Ticket[Item, Answer]]) -> None:
+    def _run_here(self, item: Item, deadline: float | None, meanwhile: Callable[[], None] | None) -> Done[Answer]:
+        """Runs a batch of one in the event loop; a slow one, or an error, is the last for a while."""
+        asked = time.perf_counter()
+        if meanwhile is not None:
+            meanwhile()
+        if deadline is not None and deadline <= self._loop.time():
+            self._metrics.dropped.inc()
+            raise DeadlineExceeded(TOO_LATE)
+        self._quick = 0
+        self._loop.call_soon(self._metrics.batch_size.observe, 1)
+        started = time.perf_counter()
+        (answer,) = self._answers([item])
+        computed = time.perf_counter() - started
+        if computed <= QUICK:
+            self._quick = QUICK_IN_A_ROW
+        return Done(answer, started - asked, computed)
+
+    def _run(self, batch: Sequence[_Ticket[Item, Answer]]) -> None:
         """Runs in the thread."""
-        self._loop.call_soon_threadsafe(self._finish, *self._run(batch))
-
-    def _run(self, batch: Sequence[_Ticket[Item, Answer]]) -> tuple[list[Answer | Exception], float, float]:
-        """An answer or an exception for each item, when that began and how long it took."""
         started = time.perf_counter()  # uvloop's own clock counts whole milliseconds
         answers = self._compute(batch)
-        return answers, started, time.perf_counter() - started
+        computed = time.perf_counter() - started
+        self._loop.call_soon_threadsafe(self._finish, answers, started, computed)
 
     def _finish(self, answers: Sequence[Answer | Exception], started: float, computed: float) -> None:
         for ticket, answer in zip(self._running, answers, strict=True):
@@ -266,7 +279,7 @@ class Batcher(Generic[Item, Answer]):
                 self._waiting[session] = tickets
             self._count -= 1
             if ticket.deadline is not None and ticket.deadline <= now:
-                ticket.fail(DeadlineExceeded("the deadline passed while the request waited"))
+                ticket.fail(DeadlineExceeded(TOO_LATE))
             if ticket.over:
                 self._metrics.dropped.inc()
             else:
@@ -274,16 +287,19 @@ class Batcher(Generic[Item, Answer]):
         return batch
 
     def _compute(self, batch: Sequence[_Ticket[Item, Answer]]) -> list[Answer | Exception]:
-        """An answer or an exception for each item."""
+        """An answer or an exception for each item; runs in the thread."""
         try:
-            answers = list(self._work([ticket.item for ticket in batch]))
-            if len(answers) != len(batch):
-                raise RuntimeError(f"the model gave {len(answers)} answers to {len(batch)} requests")
+            return [*self._answers([ticket.item for ticket in batch])]
         except Exception as error:
             if len(batch) == 1:
                 return [error]
             return [answer for t in batch for answer in ([error] if t.over else self._compute([t]))]
-        return [*answers]
+
+    def _answers(self, items: Sequence[Item]) -> Sequence[Answer]:
+        answers = self._work(items)
+        if len(answers) != len(items):
+            raise RuntimeError(f"the model gave {len(answers)} answers to {len(items)} requests")
+        return answers
 
     def _make_room(self, session: str) -> None:
         """Turns away the newest item of the session that waits most, or raises if that is the caller's."""
