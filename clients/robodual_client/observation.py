@@ -24,10 +24,11 @@ from robodual_client.tensors import IMAGE_SIDES
 TACTILE_SHAPE = (160, 120, 6)
 # No indoor camera sees further; millimetres and centimetres show as more.
 FARTHEST = 100.0
-# Arrays whose memory is sent as it stands; proprioception, of doubles, never is.
+# Arrays whose memory is sent as it stands; proprioception's never is, since seven of its values are picked.
 _AS_THEY_ARE = (np.dtype("u1"), np.dtype("<f4"))
 # No arm reaches further; millimetres show as more.
 FARTHEST_TCP = 10.0
+_PROPRIO_NUMBER = wire.Observation.PROPRIO_FIELD_NUMBER
 _PROPRIO = struct.Struct("<7f")
 _PROPRIO_HEAD = tensor_buffers(np.zeros(7, np.float32))[0]
 
@@ -67,7 +68,7 @@ class Encoder:
             if value is None:
                 self._check_complete(obs)
             serialised = sensor.buffers(value)
-            if value.dtype in _AS_THEY_ARE:
+            if sensor.number != _PROPRIO_NUMBER and value.dtype in _AS_THEY_ARE:
                 self._known[sensor.number] = value.shape, value.dtype, serialised[:-1]
             buffers += serialised
         return Frame(buffers)
@@ -187,7 +188,7 @@ _SENSORS = {
     "depth_static": _Sensor(wire.Observation.DEPTH_STATIC_FIELD_NUMBER, _depth, "depth_obs", "depth_static"),
     "depth_gripper": _Sensor(wire.Observation.DEPTH_GRIPPER_FIELD_NUMBER, _depth, "depth_obs", "depth_gripper"),
     "rgb_tactile": _Sensor(wire.Observation.RGB_TACTILE_FIELD_NUMBER, _tactile, "rgb_obs", "rgb_tactile"),
-    "proprio": _Sensor(wire.Observation.PROPRIO_FIELD_NUMBER, _proprio, "robot_obs"),
+    "proprio": _Sensor(_PROPRIO_NUMBER, _proprio, "robot_obs"),
 }
 
 

@@ -147,6 +147,13 @@ def test_later_frames_of_an_episode_make_the_same_requests(obs):
         assert b"".join(encoder.encode(obs).act_request(head)) == b"".join(encode(obs, SENSORS).act_request(head))
 
 
+def test_proprioception_of_float32_is_the_same_at_every_step(obs):
+    encoder, head = Encoder(SENSORS), wire.ActRequest(session_id="s", episode=1)
+    obs["robot_obs"] = obs["robot_obs"].astype(np.float32)
+    first, second = (b"".join(encoder.encode(obs).act_request(head)) for _ in range(2))
+    assert first == second
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
