@@ -33,8 +33,16 @@ $(STAMP): pyproject.toml clients/pyproject.toml clients/setup.py $(wildcard prot
 demo: $(STAMP)
 	@$(BIN)/robodual demo $(ARGS)
 
+# Tests that wait for nothing but the processor: two at a time, on a thread each.
+BESIDE := $(addprefix tests/,checkpoints conditioning generalist kernels parity playtable specialist training)
+
 test: $(STAMP)
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(BESIDE)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(BESIDE))
+endif
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
