@@ -106,7 +106,8 @@ def test_sessions_spread_over_replicas_and_find_theirs_again(generalist, special
             client = DualSystemClient(generalist.address, order, session=f"robot-{number}")
             chosen.setdefault(number, set()).add(client._session._specialists.current)
     assert all(len(places) == 1 for places in chosen.values())
-    assert 10 <= sum(places == {specialist.address} for places in chosen.values()) <= 30
+    # Ports are the system's choice, so the shares are: one run in five million is outside of this.
+    assert 5 <= sum(places == {specialist.address} for places in chosen.values()) <= 35
 
 
 def test_name_that_is_not_there_yet_is_looked_up_again(make, generalist, specialist, obs, monkeypatch):
