@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from benchmarks import measurement
 
-from robodual.device import choose, current
-from robodual.generalist.fusing import SLOTS, Trial, can_fuse
+from robodual.device import choose, current, milliseconds
+from robodual.generalist.fusing import Trial, can_fuse
 from robodual.generalist.model import Generalist, build, randomise
 from robodual.generalist.tokens import GENERATED, ROW
 from robodual.profiles import PROFILES
@@ -43,23 +43,10 @@ SIZES: dict[str, tuple[int, ...]] = {
 }
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """The median time of a GPU's work."""
-    times: list[float] = []
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
 def bandwidth(device: torch.device) -> float:
     """Bytes a millisecond."""
     memory = torch.ones(GIGABYTES << 28, device=device)
-    return memory.nbytes / milliseconds(memory.sum)
+    return memory.nbytes / statistics.median(milliseconds(memory.sum) for _ in range(ROUNDS))
 
 
 def weight_bytes(model: Generalist) -> int:
@@ -81,25 +68,12 @@ def tuned(plan: Plan, measure: Callable[[Plan], float]) -> Plan:
     return plan
 
 
-def differing(model: Generalist, fused: FusedLayers, plans: Sequence[Plan]) -> list[int]:
+def differing(trial: Trial, fused: FusedLayers, layers: int, plans: Sequence[Plan]) -> list[int]:
     """In how many values a row of tokens is another by another plan, or among 64 tokens."""
-    config, device = model.config.language, model.device
-    generator = torch.Generator(device).manual_seed(1)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(model.dtype)
-
-    x = random(GENERATED, config.width)
-    cache = random(2, config.layers, 1, config.key_value_heads, SLOTS, config.width // config.heads)
     found = []
     for plan in plans:
         fused.plan = plan
-        for rows in (ROW, GENERATED):
-            slots = SLOTS - GENERATED + torch.arange(rows, device=device).unsqueeze(0)
-            angles = model.language_model.model.rotary_emb(x, slots)
-            cos, sin = (angle[..., : angle.shape[-1] // 2].contiguous() for angle in angles)
-            out = fused(fused.stream(x[:rows].clone()), (cos, sin), slots, slots.new_zeros(1, 1), *cache.clone())
-            found.append(out[0, :ROW])
+        found += [trial.run(fused, layers, tokens)[0, :ROW] for tokens in (ROW, GENERATED)]
     return [int((values != found[0]).sum()) for values in found[1:]]
 
 
@@ -157,7 +131,7 @@ def measured(options: argparse.Namespace, model: Generalist, speed: float) -> in
     measurement.markdown(*cells, header=("plan", "median ms", "p99 ms", "times the weights"))
     for name, plan in contenders.items():
         print(name, *plan.tiles.items(), sep="\n  ")
-    differ = differing(model, fused, list(contenders.values())) if options.verify else []
+    differ = differing(trial, fused, model.config.language.layers, list(contenders.values())) if options.verify else []
     if options.verify:
         print(f"values that another plan, or more tokens, change: {differ}")
     facts = {"gpu": torch.cuda.get_device_name(device), "bytes_per_ms": speed, "differing": differ}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -13,3 +15,8 @@ def wait(CHAINED: tl.constexpr):
     if CHAINED:
         gdc_wait()
         gdc_launch_dependents()
+
+
+def chaining(chained: bool) -> dict[str, Any]:
+    """What kernels that `wait` are launched with."""
+    return {"CHAINED": chained, **({"launch_pdl": True} if chained else {})}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -45,6 +45,17 @@ def current(device: torch.device) -> AbstractContextManager[None]:
 def can_chain(device: torch.device) -> bool:
     """Whether kernels may be launched there before those before them have ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CHAINS
+
+
+def milliseconds(launch: Callable[[], object]) -> float:
+    """How long the current GPU takes for what is launched, for whose end it waits."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    launch()
+    end.record()
+    end.synchronize()
+    taken: float = start.elapsed_time(end)
+    return taken
 
 
 def padded(size: int) -> int:

@@ -101,13 +101,12 @@ def test_info_tells_what_both_services_are(make, generalist, specialist):
 def test_sessions_spread_over_replicas_and_find_theirs_again(generalist, specialist, second_specialist, obs):
     addresses = [specialist.address, second_specialist.address]
     chosen = {}
-    for number in range(40):
+    for number in range(160):  # so many, since ports are the system's choice, and the shares so chance's
         for order in (addresses, addresses[::-1]):
             client = DualSystemClient(generalist.address, order, session=f"robot-{number}")
             chosen.setdefault(number, set()).add(client._session._specialists.current)
     assert all(len(places) == 1 for places in chosen.values())
-    # Ports are the system's choice, so the shares are: one run in five million is outside of this.
-    assert 5 <= sum(places == {specialist.address} for places in chosen.values()) <= 35
+    assert 40 <= sum(places == {specialist.address} for places in chosen.values()) <= 120
 
 
 def test_name_that_is_not_there_yet_is_looked_up_again(make, generalist, specialist, obs, monkeypatch):

@@ -323,21 +323,11 @@ def test_the_fastest_plan_that_works_is_chosen(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_bits_depend_neither_on_the_plan_nor_on_how_many_rows_there_are() -> None:
     one = model(SHAPES["heads of their own"], torch.bfloat16)
-    language, kernels = one.config.language, FusedLayers(one)
-    generator = torch.Generator().manual_seed(0)
-    shape = 2, language.layers, 1, language.key_value_heads, SLOTS, language.width // language.heads
-    x = torch.randn(GENERATED, language.width, generator=generator).to(DEVICE, one.dtype)
-    cache = torch.randn(shape, generator=generator).to(DEVICE, one.dtype)
-    found = []
+    kernels, trial, found = FusedLayers(one), Trial(one), []
     for plan in products.plans(DEVICE).values():
         kernels.plan = plan
-        for rows in (ROW, GENERATED):
-            slots = (40 + torch.arange(rows, device=DEVICE)).unsqueeze(0)
-            cos, sin = one.language_model.model.rotary_emb(x[None, :rows], slots)
-            half = cos.shape[-1] // 2
-            angles = cos[..., :half].contiguous(), sin[..., :half].contiguous()
-            padding = slots.new_zeros(1, 1)
-            out = kernels(kernels.stream(x[:rows].clone()), angles, slots, padding, *cache.clone())
+        for tokens in (ROW, GENERATED):
+            out = trial.run(kernels, one.config.language.layers, tokens)
             found.append((out[0, :ROW], kernels.best(out, constrained=True)[0, :ROW]))
     for values, best in found[1:]:
         assert torch.equal(values, found[0][0])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from robodual.chained import chaining
 from robodual.device import padded
 from robodual.generalist import end_kernels, kernels
 from robodual.generalist.joined import Matrix, lay_out
@@ -285,7 +286,6 @@ class FusedLayers:
             PART=SEEN,
             PARTS=number,
             MOST_PARTS=padded(number),
-            CHAINED=self.plan.chained,
             num_warps=4 if queries <= FEW else 8,
-            **self.plan.options,
+            **chaining(self.plan.chained),
         )

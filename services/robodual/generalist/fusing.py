@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from robodual.capture import Recorder
-from robodual.device import current
+from robodual.device import current, milliseconds
 from robodual.generalist import layers
 from robodual.generalist.joined import layers_of, linears
 from robodual.generalist.model import Generalist
 from robodual.generalist.quantisation import Float8Linear
-from robodual.generalist.tokens import ROW
+from robodual.generalist.tokens import GENERATED, ROW
 
 if TYPE_CHECKING:
     from robodual.generalist.fused import FusedLayers
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = structlog.get_logger(__name__)
 
 WHOLE = 128  # what every size must be a multiple of
-APART = 0.05  # how far what kernels give may be from what the operations give, which in bfloat16 is 0.01
+DISTANCE = 0.05  # of what kernels give from what the operations give, at most; in bfloat16 it is 0.01
 RUNS = 9  # of which the median is a plan's time
 SLOTS = 384  # of the cache that plans are tried with, a usual prompt's
 
@@ -43,23 +43,23 @@ def fuse(model: Generalist) -> FusedLayers | None:
         except Exception as error:  # a compiler, a cache folder, a driver: PyTorch's operations need none of them
             logger.warning("decoding runs without fused kernels", reason=_told(error))
             return None
-        times, trial, expected = {}, Trial(model), None
-        for name, plan in plans(model.device).items():
+        times, trial, expected, every = {}, Trial(model), None, plans(model.device)
+        for name, plan in every.items():
             fused.plan = plan
             try:
-                if not (apart := trial.distance(fused)) <= APART:
+                if not (apart := trial.distance(fused)) <= DISTANCE:
                     raise ArithmeticError(f"the kernels' values are {apart:.2g} of their norm from the operations'")
-                milliseconds, values = trial.repeat(fused)
+                median, values = trial.repeat(fused)
                 expected = values if expected is None else expected
                 if not torch.equal(values, expected):
                     raise ArithmeticError("the kernels' values are not those of the plan before, bit for bit")
-                times[name] = milliseconds
+                times[name] = median
             except Exception as error:
                 logger.warning("decoding does without a plan for fused kernels", plan=name, reason=_told(error))
         if not times:
             return None
         chosen = min(times, key=times.__getitem__)
-        fused.plan = plans(model.device)[chosen]
+        fused.plan = every[chosen]
     logger.info("decoding runs by fused kernels", plan=chosen, ms={name: round(ms, 3) for name, ms in times.items()})
     return fused
 
@@ -84,7 +84,7 @@ def _told(error: Exception) -> str:
 
 
 class Trial:
-    """A usual step to try kernels with: a row of tokens after a prompt, with random values."""
+    """A usual step to try kernels with: tokens after a prompt, with random values."""
 
     def __init__(self, model: Generalist) -> None:
         self._model = model
@@ -94,24 +94,25 @@ class Trial:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(model.dtype)
 
-        self._x = random(1, ROW, config.width)
+        self._x = random(1, GENERATED, config.width)
         self._cache = random(2, 1, 1, config.key_value_heads, SLOTS, config.width // config.heads)  # of one layer
-        self._slots = SLOTS - 2 * ROW + torch.arange(ROW, device=device).unsqueeze(0)
+        self._slots = SLOTS - GENERATED + torch.arange(GENERATED, device=device).unsqueeze(0)
         self._padding = self._slots.new_zeros(1, 1)
         self._angles = model.language_model.model.rotary_emb(self._x, self._slots)
 
     def distance(self, fused: FusedLayers) -> float:
-        """How far the first layer's values by kernels are from those by PyTorch's operations, of their norm."""
-        cache = self._cache.clone()
-        expected = layers.step(self._model, self._x, self._angles, self._slots, self._padding, *cache)
+        """How far a row's values after the first layer by kernels are from PyTorch's operations', of their norm."""
+        cos, sin = (angle[:, :ROW] for angle in self._angles)
+        x, slots, cache = self._x[:, :ROW], self._slots[:, :ROW], self._cache.clone()
+        expected = layers.step(self._model, x, (cos, sin), slots, self._padding, *cache)
         return float((self.run(fused, 1) - expected).norm() / expected.norm())
 
-    def run(self, fused: FusedLayers, count: int) -> Tensor:
-        """The values [1, 8, D] after so many layers by kernels, which share their keys and values."""
-        cos, sin = (angle[..., : angle.shape[-1] // 2].contiguous() for angle in self._angles)
+    def run(self, fused: FusedLayers, count: int, tokens: int = ROW) -> Tensor:
+        """The values [1, tokens, D] after `count` layers by kernels, which share their keys and values."""
+        cos, sin = (angle[:, :tokens, : angle.shape[-1] // 2].contiguous() for angle in self._angles)
         cache = self._cache.expand(-1, count, *self._cache.shape[2:])
-        stream = fused.stream(self._x.flatten(0, 1).clone())
-        return fused(stream, (cos, sin), self._slots, self._padding, *cache)
+        stream, slots = fused.stream(self._x[0, :tokens].clone()), self._slots[:, :tokens].contiguous()
+        return fused(stream, (cos, sin), slots, self._padding, *cache)
 
     def repeat(self, fused: FusedLayers) -> tuple[float, Tensor]:
         """The median time in milliseconds of all layers by kernels, captured as steps are, and their values of some
@@ -125,12 +126,7 @@ class Trial:
         found: list[Tensor] = []
         for _ in range(RUNS):
             self._x.copy_(self._x.roll(1, dims=-1))
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
+            times.append(milliseconds(graph.replay))
             found.append(values.clone())
         self._x.copy_(self._x.roll(-RUNS, dims=-1))
         return statistics.median(times), torch.stack(found)

@@ -307,16 +307,11 @@ def attention(
     most = tl.max(scores, axis=0)
     shares = tl.where(seen, tl.exp(scores - most[None, :]), 0.0)
     mixed = tl.dot(part_v.T, shares.to(kind), input_precision="ieee")  # [W, QUERIES]
-    sums = tl.sum(shares, axis=0)
-    if PARTS == 1:
-        target = out + (row * HEADS + head)[None, :] * WIDTH + channel[:, None]
-        tl.store(target, (mixed / sums[None, :]).to(kind), mask=counts[None, :])
-    else:
-        base = (pair * PARTS + part) * QUERIES
-        tl.store(mixtures + (base + query).to(tl.int64)[None, :] * WIDTH + channel[:, None], mixed)
-        tl.store(weights + base * 2 + query, most)
-        tl.store(weights + base * 2 + QUERIES + query, sums)
-        tl.debug_barrier()  # all of it is written before it is said to be
-        if tl.atomic_add(ended + pair, 1) == PARTS - 1:
-            tl.store(ended + pair, 0)
-            _sum_up(mixtures, weights, out, pair, row, head, counts, HEADS, WIDTH, QUERIES, PARTS, MOST_PARTS)
+    base = (pair * PARTS + part) * QUERIES
+    tl.store(mixtures + (base + query).to(tl.int64)[None, :] * WIDTH + channel[:, None], mixed)
+    tl.store(weights + base * 2 + query, most)
+    tl.store(weights + base * 2 + QUERIES + query, tl.sum(shares, axis=0))
+    tl.debug_barrier()  # all of it is written before it is said to be
+    if tl.atomic_add(ended + pair, 1) == PARTS - 1:
+        tl.store(ended + pair, 0)
+        _sum_up(mixtures, weights, out, pair, row, head, counts, HEADS, WIDTH, QUERIES, PARTS, MOST_PARTS)

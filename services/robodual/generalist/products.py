@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from robodual.chained import chaining
 from robodual.device import can_chain, padded
 from robodual.generalist import kernels
 from robodual.generalist.joined import Matrix
@@ -41,10 +41,6 @@ class Plan:
 
     tiles: Mapping[str, Tile]
     chained: bool = False  # a kernel starts before the one before has ended, with what does not depend on it
-    options: Mapping[str, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "options", {"launch_pdl": True} if self.chained else {})
 
 
 # What is added to the residual stream has the same columns in all plans: a norm's sums are theirs. The other layers'
@@ -156,11 +152,10 @@ class Products:
             COLUMNS=most,
             PART=part,
             STAGES=stages,
-            CHAINED=self.plan.chained,
             AHEAD=min(tile.ahead, depth // part),
             LINE=min(part, LINE // matrix.weight.element_size()),
             num_warps=tile.warps,
-            **self.plan.options,
+            **chaining(self.plan.chained),
         )
 
     def _each(self, tile: Tile, columns: int) -> int:

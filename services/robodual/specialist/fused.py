@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from robodual.chained import chaining
 from robodual.device import can_chain, current, padded
 from robodual.specialist import ends, kernels
 from robodual.specialist.config import ACTION, CHUNK, SpecialistConfig
@@ -50,16 +51,14 @@ class FusedSampler(Sampler):
         final = denoiser.final_layer.linear
         self._final = final.weight.detach().contiguous(), final.bias.detach()
         head = self.width // self.heads
-        chained = can_chain(self._actions.device)
         self._shape = {
             "D": self.width,
             "D_PAD": max(padded(self.width), 16 * GROUPS),
             "GROUPS": GROUPS,
             "PRECISION": precision,
-            "CHAINED": chained,
             "num_warps": GROUPS,
             "num_stages": STAGES,
-            **({"launch_pdl": True} if chained else {}),
+            **chaining(can_chain(self._actions.device)),
         }
         self._head = {"C": head, "C_PAD": padded(head), "SCALE": head**-0.5}
 
