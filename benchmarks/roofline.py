@@ -44,6 +44,7 @@ GPU_PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192))
 MEGABYTES = {"cpu": 512, "cuda": 4096}  # to read, for the bandwidth
 # What PyTorch has no formula for.
 PACKED = torch.ops.mkldnn._linear_pointwise
+PACKED_BY_MKL = getattr(torch.ops.mkl, "_mkl_linear", None)  # of the weight twice, as packed and as it was
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 Runs = dict[str, Callable[[], Any]]
@@ -60,13 +61,13 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, operation: Any, types: Any, arguments: tuple[Any, ...] = (), named: Mapping[str, Any] | None = None
     ) -> Any:
         packet = operation._overloadpacket
-        if packet not in (PACKED, ATTENTION) and packet not in flop_registry:
+        if packet not in (PACKED, PACKED_BY_MKL, ATTENTION) and packet not in flop_registry:
             with self:  # an operator made of others, which inference mode does not take apart by itself
                 result = operation.decompose(*arguments, **(named or {}))
             if result is not NotImplemented:
                 return result
         result = operation(*arguments, **(named or {}))
-        if packet is PACKED:
+        if packet in (PACKED, PACKED_BY_MKL):
             self.flops += 2 * arguments[0].numel() * result.shape[-1]
         elif packet is ATTENTION:
             query, key = arguments[:2]  # [B, heads, N, C] each
@@ -75,6 +76,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops += flop_registry[packet](*arguments, **(named or {}), out_val=result)
         else:
             return result
+        if packet is PACKED_BY_MKL:
+            arguments = (*arguments[:1], *arguments[2:])
         outputs = result if isinstance(result, (tuple, list)) else [result]
         self.bytes += sum(t.numel() * t.element_size() for t in [*arguments, *outputs] if isinstance(t, Tensor))
         return result
@@ -114,7 +117,7 @@ def specialist_stages(engine: SpecialistEngine, context_length: int) -> tuple[Ru
 
     pixels, maps = prepare()
     encoders = policy.vision_encoder, needed(policy.depth_encoder, "depth encoder")
-    see, feel = (Encoder(encoder) for encoder in encoders)
+    see, feel = (Encoder(encoder, 2) for encoder in encoders)
     sampler = choose_sampler(model, policy.config)
     adapters = [ColourLatents(needed(m, "adapter")) for m in (model.visual_adapter, model.gripper_visual_adapter)]
     map_adapters = [MapLatents(needed(m, "adapter")) for m in (model.depth_adapter, model.gripper_depth_adapter)]
@@ -141,7 +144,7 @@ def specialist_stages(engine: SpecialistEngine, context_length: int) -> tuple[Ru
     }
     if not engine.captures:
         return stages, {}
-    plain_see, plain_feel = (Encoder(encoder, triton=False) for encoder in encoders)
+    plain_see, plain_feel = (Encoder(encoder, 2, triton=False) for encoder in encoders)
     plain_step = Step(policy, fuse=False, products=False)
     return stages, {
         "vision encoder": partial(plain_see, pixels),

@@ -12,21 +12,26 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robodual.specialist.packing import Linear
+from robodual.specialist import packing
 
 
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD"])
 @torch.inference_mode()
-def test_products_and_attention_are_counted_packed_or_not(load: Callable[[str], ModuleType]) -> None:
+def test_products_and_attention_are_counted_packed_or_not(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, maker: str
+) -> None:
+    monkeypatch.setattr(packing, "_maker", lambda: maker)
     counter = load("roofline").Counter()
-    x, weight = torch.randn(10, 32), torch.randn(48, 32)
+    x, weight = torch.randn(16, 64), torch.randn(128, 64)
     query, key = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
     with counter:
-        Linear(weight)(x)
-    assert counter.flops == 2 * 10 * 32 * 48
-    assert counter.bytes >= 4 * (x.numel() + weight.numel() + 10 * 48)
+        packing.Linear(weight, rows=16)(x)
+    assert counter.flops == 2 * 16 * 64 * 128
+    read = 4 * (x.numel() + weight.numel() + 16 * 128)
+    assert read <= counter.bytes < read + 4 * weight.numel()  # the weight once, though its layout may be wider
     with counter:
-        nn.Linear(32, 48)(x)
-    assert counter.flops == 4 * 10 * 32 * 48
+        nn.Linear(64, 128)(x)
+    assert counter.flops == 4 * 16 * 64 * 128
     before = counter.flops
     with counter:
         F.scaled_dot_product_attention(query, key, key)

@@ -145,7 +145,7 @@ def test_an_encoder_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert module is not None
         images = torch.randn(5, channels, size, size, generator=torch.Generator().manual_seed(5)).to(DEVICE)
-        found = encoder.Encoder(module)
+        found = encoder.Encoder(module, 1)
         torch.testing.assert_close(found(images), module(images), rtol=1e-5, atol=2e-5)
         assert found._attend is attention.attend
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
+from robodual.specialist import packing
 from robodual.specialist.packing import Linear, can_pack
 
 BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -32,12 +37,53 @@ def layer(dtype: torch.dtype) -> tuple[nn.Linear, Tensor, Tensor]:
 def test_packed_layers_give_what_plain_ones_do(dtype: torch.dtype) -> None:
     plain, x, residual = layer(dtype)
     assert can_pack(plain.weight)
-    close = {"rtol": CLOSE[dtype], "atol": CLOSE[dtype]}
-    torch.testing.assert_close(Linear.of(plain)(x), plain(x), **close)
-    torch.testing.assert_close(Linear(plain.weight)(x), F.linear(x, plain.weight), **close)
-    torch.testing.assert_close(Linear.of(plain).add(residual, x), residual + plain(x), **close)
+    check(partial(Linear, rows=None), plain, x, residual, CLOSE[dtype])
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="PyTorch was built without MKL")
+@pytest.mark.parametrize("rows", [15, 16], ids=["rows of one request", "other rows"])
+@torch.inference_mode()
+def test_layers_packed_by_mkl_give_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(packing, "_maker", lambda: "GenuineIntel")
+    plain, x, residual = layer(torch.float32)
+    assert packing.prefers_mkl(plain.weight)
+    assert not packing.prefers_mkl(plain.weight.bfloat16())
+    check(partial(Linear, rows=rows), plain, x, residual, CLOSE[torch.float32])
+
+
+@pytest.mark.parametrize(("maker", "rows", "operator"), [("GenuineIntel", 15, "mkl"), ("AuthenticAMD", 15, "mkldnn")])
+@torch.inference_mode()
+def test_the_maker_of_the_cpu_chooses_the_library(
+    monkeypatch: pytest.MonkeyPatch, maker: str, rows: int, operator: str
+) -> None:
+    if operator == "mkl" and not torch.backends.mkl.is_available():
+        pytest.skip("PyTorch was built without MKL")
+    monkeypatch.setattr(packing, "_maker", lambda: maker)
+    plain, x, _ = layer(torch.float32)
+    assert called(Linear.of(plain, rows=rows), x) == {operator}
+    assert called(Linear.of(plain), x) == {"mkldnn"}  # whose rows are not known
+    with_few = nn.Linear(64, packing.SMALL // 64)
+    assert called(Linear.of(with_few, rows=rows), x) == set()
+
+
+def called(layer: Linear, x: Tensor) -> set[str]:
+    """The libraries' operators among those that the layer runs."""
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        layer(x)
+    return {event.name.split("::")[0] for event in trace.events() or []} & {"mkl", "mkldnn"}
+
+
+def check(make: Callable[..., Linear], plain: nn.Linear, x: Tensor, residual: Tensor, within: float) -> None:
+    """A packed layer against the plain one: alone, without a bias, with a residual, with each GELU."""
+    weight, bias = plain.weight, plain.bias
+    close = {"rtol": within, "atol": within}
+    torch.testing.assert_close(make(weight, bias)(x), plain(x), **close)
+    torch.testing.assert_close(make(weight)(x), F.linear(x, weight), **close)
+    torch.testing.assert_close(make(weight, bias).add(residual, x), residual + plain(x), **close)
     for gelu in ("none", "tanh"):
-        torch.testing.assert_close(Linear.of(plain, gelu)(x), F.gelu(plain(x), approximate=gelu), **close)
+        torch.testing.assert_close(make(weight, bias, gelu)(x), F.gelu(plain(x), approximate=gelu), **close)
+    assert torch.equal(x, layer(x.dtype)[1])
+    assert torch.equal(residual, layer(x.dtype)[2])
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -28,20 +29,23 @@ class _Block:
 class Encoder:
     """Computes what `VisionEncoder` or `PlainViT` computes, to rounding.
 
-    The layers are laid out once and do not follow later changes of the module. `triton` allows Triton's kernels.
+    The layers are laid out once and do not follow later changes of the module, for requests of so many images.
+    `triton` allows Triton's kernels.
     """
 
-    def __init__(self, module: vision.VisionEncoder | depth.PlainViT, triton: bool = True) -> None:
+    def __init__(self, module: vision.VisionEncoder | depth.PlainViT, images: int, *, triton: bool = True) -> None:
         self._attend = _choose_attention(module.cls_token, triton)
         self._embed = _choose_embedding(module, triton)
+        places = module.pos_embed if isinstance(module, vision.VisionEncoder) else module.pos_embedding
+        linear = partial(Linear.of, rows=images * places.shape[1], triton=triton)
         if isinstance(module, vision.VisionEncoder):
-            self._blocks = [_of_vision(cast(vit.Block, block), triton) for block in module.blocks]
+            self._blocks = [_of_vision(cast(vit.Block, block), linear) for block in module.blocks]
             self._heads = cast(vit.Block, module.blocks[0]).attn.heads
             self._norm = module.norm
         else:
             layers = [cast(nn.ModuleList, layer) for layer in module.transformer.layers]
             pairs = [cast("tuple[depth.Attention, depth.FeedForward]", tuple(layer)) for layer in layers]
-            self._blocks = [_of_depth(*pair, triton) for pair in pairs]
+            self._blocks = [_of_depth(*pair, linear) for pair in pairs]
             self._heads = cast(depth.Attention, layers[0][0]).heads
             self._norm = module.transformer.norm
 
@@ -106,24 +110,24 @@ def _can_launch(weight: Tensor, triton: bool) -> bool:
     return triton and weight.dtype == torch.float32 and fusing.can_launch(weight.device)
 
 
-def _of_vision(block: vit.Block, triton: bool) -> _Block:
+def _of_vision(block: vit.Block, linear: Callable[..., Linear]) -> _Block:
     return _Block(
         norm1=block.norm1,
-        qkv=Linear.of(block.attn.qkv, triton=triton),
-        out=Linear.of(block.attn.proj, triton=triton),
+        qkv=linear(block.attn.qkv),
+        out=linear(block.attn.proj),
         norm2=block.norm2,
-        fc1=Linear.of(block.mlp.fc1, gelu="none", triton=triton),
-        fc2=Linear.of(block.mlp.fc2, triton=triton),
+        fc1=linear(block.mlp.fc1, gelu="none"),
+        fc2=linear(block.mlp.fc2),
     )
 
 
-def _of_depth(attention: depth.Attention, feed_forward: depth.FeedForward, triton: bool) -> _Block:
+def _of_depth(attention: depth.Attention, feed_forward: depth.FeedForward, linear: Callable[..., Linear]) -> _Block:
     norm2, fc1, _, _, fc2 = feed_forward.net
     return _Block(
         norm1=attention.norm,
-        qkv=Linear.of(attention.to_qkv, triton=triton),
-        out=Linear.of(cast(nn.Linear, attention.to_out[0]), triton=triton),
+        qkv=linear(attention.to_qkv),
+        out=linear(cast(nn.Linear, attention.to_out[0])),
         norm2=cast(nn.LayerNorm, norm2),
-        fc1=Linear.of(cast(nn.Linear, fc1), gelu="none", triton=triton),
-        fc2=Linear.of(cast(nn.Linear, fc2), triton=triton),
+        fc1=linear(cast(nn.Linear, fc1), gelu="none"),
+        fc2=linear(cast(nn.Linear, fc2)),
     )

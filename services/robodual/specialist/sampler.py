@@ -63,17 +63,20 @@ class Sampler:
         self.guidance_scale = config.guidance_scale
         self.steps = ddim.schedule(config.diffusion_steps)
         blocks = [block for block in denoiser.blocks if isinstance(block, Block)]
-        self.blocks = [_fold(block) for block in blocks]
+        rows = CHUNK if config.guidance_scale == 1 else 2 * CHUNK
+        self.blocks = [_fold(block, rows) for block in blocks]
         weight = denoiser.x_embedder.weight
         self.embed_reference = Linear(weight[:, :ACTION], denoiser.x_embedder.bias)
         self.embed_actions = Linear(weight[:, ACTION:])
         final = denoiser.final_layer
-        self.out = Linear.of(final.linear)
-        self.context = _fold_context(blocks)
+        self.out = Linear.of(final.linear, rows=rows)
+        self.context = _fold_context(blocks, denoiser.sensor_latents)
         sequences = [*(block.adaLN_modulation for block in blocks), final.adaLN_modulation]
         layers = [cast(nn.Linear, sequence[1]) for sequence in sequences]
         self.modulation = Linear(  # to (6 * blocks + 2) * D
-            torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+            torch.cat([layer.weight for layer in layers]),
+            torch.cat([layer.bias for layer in layers]),
+            rows=len(self.steps),
         )
         timesteps = torch.tensor([step.timestep for step in self.steps], device=weight.device)
         self.timesteps = denoiser.t_embedder(timesteps)  # [T, D]
@@ -177,7 +180,7 @@ class Sampler:
         return parts
 
 
-def _fold(block: Block) -> BlockTables:
+def _fold(block: Block, rows: int) -> BlockTables:
     self_attention, cross = block.attn_temporal, block.cross_attn
     heads = self_attention.heads
     weight, bias = self_attention.qkv.weight, self_attention.qkv.bias
@@ -190,17 +193,18 @@ def _fold(block: Block) -> BlockTables:
     turned_weight = weight[: 2 * width].view(2, heads, -1, width)[:, :, partner] * sign[:, None]
     turned_bias = bias[: 2 * width].view(2, heads, -1)[:, :, partner] * sign
     norm_bias, query_bias, cross_out = fold_cross(cross)
+    qkv_weight = torch.cat((weight, turned_weight.flatten(0, 2)))
     return BlockTables(
-        qkv=Linear(torch.cat((weight, turned_weight.flatten(0, 2))), torch.cat((bias, turned_bias.flatten()))),
+        qkv=Linear(qkv_weight, torch.cat((bias, turned_bias.flatten())), rows=rows),
         cos=angles.cos(),
         sin=angles.sin(),
-        self_out=Linear.of(self_attention.proj),
+        self_out=Linear.of(self_attention.proj, rows=rows),
         norm_weight=cross.layer_norm_v.weight,
         norm_bias=norm_bias,
-        query=Linear(cross.attn.v_proj.weight, query_bias),
-        cross_out=Linear(cross_out),
-        fc1=Linear.of(block.mlp.fc1, gelu="tanh"),
-        fc2=Linear.of(block.mlp.fc2),
+        query=Linear(cross.attn.v_proj.weight, query_bias, rows=rows),
+        cross_out=Linear(cross_out, rows=rows),
+        fc1=Linear.of(block.mlp.fc1, gelu="tanh", rows=rows),
+        fc2=Linear.of(block.mlp.fc2, rows=rows),
     )
 
 
@@ -213,7 +217,7 @@ def fold_cross(cross: CrossAttentionBlock) -> tuple[Tensor, Tensor, Tensor]:
     return cross.layer_norm_v.bias + constant, query.bias - query.weight @ constant, cross.gamma_v[:, None] * out.weight
 
 
-def _fold_context(blocks: list[Block]) -> Linear:
+def _fold_context(blocks: list[Block], rows: int) -> Linear:
     """From the context, normed but not scaled, to all blocks' keys and values, blocks * 2 * D."""
     weights, biases = [], []
     for block in blocks:
@@ -221,4 +225,4 @@ def _fold_context(blocks: list[Block]) -> Linear:
         for layer in (attention.l_proj, attention.values_l_proj):
             weights.append(layer.weight * norm.weight)
             biases.append(layer.bias + layer.weight @ norm.bias)
-    return Linear(torch.cat(weights), torch.cat(biases))
+    return Linear(torch.cat(weights), torch.cat(biases), rows=rows)

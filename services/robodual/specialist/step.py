@@ -55,13 +55,14 @@ class Step:
 
     def __init__(self, policy: Policy, *, fuse: bool = True, products: bool = True) -> None:
         model = policy.model
-        self._see = Encoder(policy.vision_encoder, products)
+        cameras = 2 if policy.config.with_gripper else 1
+        self._see = Encoder(policy.vision_encoder, cameras, triton=products)
         self._colour = ColourLatents(model.visual_adapter)
         self._gripper_colour = _made(ColourLatents, model.gripper_visual_adapter)
-        self._feel = None if policy.depth_encoder is None else Encoder(policy.depth_encoder, products)
+        self._feel = None if policy.depth_encoder is None else Encoder(policy.depth_encoder, cameras, triton=products)
         self._depth = _made(MapLatents, model.depth_adapter)
         self._gripper_depth = _made(MapLatents, model.gripper_depth_adapter)
-        self._touch = None if policy.tactile_encoder is None else Encoder(policy.tactile_encoder, products)
+        self._touch = None if policy.tactile_encoder is None else Encoder(policy.tactile_encoder, 1, triton=products)
         self._tactile = _made(MapLatents, model.tactile_adapter)
         self._proprio = model.proprio_embedder
         self._context = model.context_adapter
