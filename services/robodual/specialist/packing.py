@@ -110,7 +110,10 @@ def can_pack(weight: Tensor) -> bool:
 
 def prefers_mkl(weight: Tensor) -> bool:
     """Whether MKL's layout is the faster one for a weight that can be packed."""
-    return weight.dtype == torch.float32 and torch.backends.mkl.is_available() and _maker() == "GenuineIntel"
+    if weight.dtype != torch.float32 or _maker() != "GenuineIntel":
+        return False
+    available: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return available
 
 
 @cache
