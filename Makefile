@@ -33,15 +33,20 @@ $(STAMP): pyproject.toml clients/pyproject.toml clients/setup.py $(wildcard prot
 demo: $(STAMP)
 	@$(BIN)/robodual demo $(ARGS)
 
-# Tests that wait for nothing but the processor: two at a time, on a thread each.
-BESIDE := $(addprefix tests/,checkpoints conditioning generalist kernels parity playtable specialist training)
+# Two files at a time, the longest first: those that wait for nothing but the processor, on a thread each, and then the
+# rest, which start processes and wait for them. One by one at last: those that look at the clock.
+BUSY := $(addprefix tests/,training/test_training_on_demonstrations.py checkpoints conditioning generalist kernels \
+	parity playtable specialist training)
+TIMED := $(addprefix tests/,benchmarks calvin/test_pace.py end_to_end/test_soak.py faults)
+BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(BESIDE)
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(BESIDE))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(BESIDE) $(BUSY)
+	$(BIN)/python -m pytest $(BESIDE) tests/end_to_end/test_shipped_pair.py tests $(addprefix --ignore=,$(BUSY) $(TIMED))
+	$(BIN)/python -m pytest $(TIMED)
 endif
 
 check: $(STAMP)

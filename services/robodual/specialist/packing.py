@@ -64,7 +64,7 @@ class Linear:
         if self._by_mkl:
             self._packed = torch.ops.mkl._mkl_reorder_linear_weight(self._weight, rows)
         elif self._by_onednn:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight)
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
 
     @classmethod
     def of(cls, layer: nn.Linear, gelu: Gelu | None = None, *, rows: int | None = None, triton: bool = False) -> Linear:
@@ -75,7 +75,7 @@ class Linear:
         if self._by_onednn:
             operation, algorithm = self._operation
             packed: Tensor = torch.ops.mkldnn._linear_pointwise.default(
-                x, self._packed, self._bias, operation, [], algorithm
+                x, self._weight, self._bias, operation, [], algorithm
             )
             return packed
         if self._kernel is not None and _rows(x) >= LEAST:
@@ -86,7 +86,7 @@ class Linear:
     def add(self, residual: Tensor, x: Tensor) -> Tensor:
         """The product plus a residual of its shape; for a layer without GELU."""
         if self._by_onednn:
-            packed: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")
+            packed: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
             return packed
         if self._kernel is not None and _rows(x) >= LEAST:
             return self._kernel(x, self._weight, self._bias, residual=residual)
