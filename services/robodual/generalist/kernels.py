@@ -75,8 +75,8 @@ def linear(
                 _bring(starts + columns.to(tl.int64) * DEPTH + part * PART)
     places = column[:, None] + row[None, :] * columns
     inside = own[:, None] & (row < rows)[None, :]
-    if ADDED:  # older than the kernel before
-        added = tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+    if ADDED:  # older than the kernel before; not from a first-level cache, which forgets at the wait
+        added = tl.load(residual + places, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
         factor = tl.load(norm + column, mask=own, other=0.0)[:, None]
     if SCALED:
         scales = tl.load(scale + column, mask=own, other=0.0).to(tl.float32)[:, None]
@@ -254,7 +254,7 @@ def attention(
     stride: tl.constexpr = (HEADS + 2 * GROUPS) * WIDTH
     low, channel = tl.arange(0, half), tl.arange(0, WIDTH)
 
-    # What there was before the kernel before.
+    # What there was before the kernel before; what steps write is not taken from a first-level cache.
     query = tl.arange(0, QUERIES)  # the heads of the group, a row of new tokens each
     counts = query < COUNT * (HEADS // GROUPS)
     row = sequence * COUNT + query % COUNT
@@ -275,9 +275,9 @@ def attention(
     here = part * PART + tl.arange(0, PART)
     old = ((here < first) & (here >= in_front))[:, None]
     near = cache + here[:, None] * WIDTH
-    old1 = tl.load(keys + near + low[None, :], mask=old, other=0.0)
-    old2 = tl.load(keys + near + half + low[None, :], mask=old, other=0.0)
-    old_v = tl.load(values + near + channel[None, :], mask=old, other=0.0)
+    old1 = tl.load(keys + near + low[None, :], mask=old, other=0.0, cache_modifier=".cg")
+    old2 = tl.load(keys + near + half + low[None, :], mask=old, other=0.0, cache_modifier=".cg")
+    old_v = tl.load(values + near + channel[None, :], mask=old, other=0.0, cache_modifier=".cg")
 
     wait(CHAINED)
     own = qkv + row[:, None] * stride + head[:, None] * WIDTH + low[None, :]
