@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Protocol
 from rich.console import Console
 from rich.table import Table
 
+from robodual import cpu
+
 TOLERATED = 0.9  # of the earlier ratio, below which a comparison calls it a regression
 
 
@@ -122,16 +124,10 @@ def markdown(*rows: Sequence[str], header: Sequence[str] = ()) -> None:
 
 def machine(packages: Sequence[str]) -> dict[str, object]:
     """The machine, the versions and the command, for a record."""
-    cpu = platform.processor()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        lines = information.read_text().splitlines()
-        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        cpu = models[0] if models else cpu
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "cpu": cpu,
+        "cpu": cpu.says("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",

@@ -117,7 +117,7 @@ def specialist_stages(engine: SpecialistEngine, context_length: int) -> tuple[Ru
 
     pixels, maps = prepare()
     encoders = policy.vision_encoder, needed(policy.depth_encoder, "depth encoder")
-    see, feel = (Encoder(encoder, 2) for encoder in encoders)
+    see, feel = (Encoder(encoder, images=2) for encoder in encoders)
     sampler = choose_sampler(model, policy.config)
     adapters = [ColourLatents(needed(m, "adapter")) for m in (model.visual_adapter, model.gripper_visual_adapter)]
     map_adapters = [MapLatents(needed(m, "adapter")) for m in (model.depth_adapter, model.gripper_depth_adapter)]
@@ -144,7 +144,7 @@ def specialist_stages(engine: SpecialistEngine, context_length: int) -> tuple[Ru
     }
     if not engine.captures:
         return stages, {}
-    plain_see, plain_feel = (Encoder(encoder, 2, triton=False) for encoder in encoders)
+    plain_see, plain_feel = (Encoder(encoder, images=2, triton=False) for encoder in encoders)
     plain_step = Step(policy, fuse=False, products=False)
     return stages, {
         "vision encoder": partial(plain_see, pixels),

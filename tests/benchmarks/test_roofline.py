@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from robodual import cpu
 from robodual.specialist import packing
 
 
@@ -20,7 +21,7 @@ from robodual.specialist import packing
 def test_products_and_attention_are_counted_packed_or_not(
     load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, maker: str
 ) -> None:
-    monkeypatch.setattr(packing, "_maker", lambda: maker)
+    monkeypatch.setattr(cpu, "says", {"vendor_id": maker}.get)
     counter = load("roofline").Counter()
     x, weight = torch.randn(16, 64), torch.randn(128, 64)
     query, key = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)

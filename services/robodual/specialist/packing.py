@@ -16,14 +16,13 @@ Triton kernel, which has the tensor cores compute at float32's precision, as thr
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robodual import cpu
 from robodual.specialist import fusing
 
 Gelu = Literal["none", "tanh"]  # the approximation
@@ -57,14 +56,15 @@ class Linear:
         self._gelu = gelu
         self._operation = ("none", "") if gelu is None else ("gelu", gelu)
         self._kernel = _kernel(weight) if triton else None
-        self._rows = rows
-        packed = can_pack(weight) and weight.numel() > SMALL
-        self._by_mkl = packed and rows is not None and prefers_mkl(weight)
-        self._by_onednn = packed and not self._by_mkl
-        if self._by_mkl:
-            self._packed = torch.ops.mkl._mkl_reorder_linear_weight(self._weight, rows)
-        elif self._by_onednn:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
+        self._request = rows
+        self._by_mkl: Tensor | None = None  # the weight as MKL has it
+        self._by_onednn = False
+        if can_pack(weight) and weight.numel() > SMALL:
+            if rows is not None and prefers_mkl(weight):
+                self._by_mkl = torch.ops.mkl._mkl_reorder_linear_weight(self._weight, rows)
+            else:
+                self._by_onednn = True
+                self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
 
     @classmethod
     def of(cls, layer: nn.Linear, gelu: Gelu | None = None, *, rows: int | None = None, triton: bool = False) -> Linear:
@@ -93,8 +93,8 @@ class Linear:
         return self._product(x).add_(residual)
 
     def _product(self, x: Tensor) -> Tensor:
-        if self._by_mkl:  # it takes the weight as it was for other rows
-            packed: Tensor = torch.ops.mkl._mkl_linear(x, self._packed, self._weight, self._bias, self._rows)
+        if self._by_mkl is not None:  # for other rows it takes the weight as it was
+            packed: Tensor = torch.ops.mkl._mkl_linear(x, self._by_mkl, self._weight, self._bias, self._request)
             return packed
         return F.linear(x, self._weight, self._bias)
 
@@ -110,20 +110,10 @@ def can_pack(weight: Tensor) -> bool:
 
 def prefers_mkl(weight: Tensor) -> bool:
     """Whether MKL's layout is the faster one for a weight that can be packed."""
-    if weight.dtype != torch.float32 or _maker() != "GenuineIntel":
+    if weight.dtype != torch.float32 or cpu.says("vendor_id") != "GenuineIntel":
         return False
     available: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     return available
-
-
-@cache
-def _maker() -> str:
-    """Of the CPU, as Linux calls it; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def _kernel(weight: Tensor) -> Callable[..., Tensor] | None:
